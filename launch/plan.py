@@ -57,7 +57,7 @@ class Deployment:
 
     @property
     def max_workers(self) -> int:
-        return max(len(self.workers), self.router.autoscale.max_workers if self.templates else 0)
+        return max(len(self.workers), self.router.autoscale.max_workers)
 
     @property
     def max_ranks(self) -> int:
@@ -255,6 +255,11 @@ def _assign_gpus(workers: tuple[WorkerPlan, ...], host: Host, model: ModelConfig
     sharers = Counter(gpu for gpus in taken for gpu in gpus)
     for worker, gpus in zip(workers, taken, strict=True):
         share = 1.0 / max(sharers[gpu] for gpu in gpus)
+        if share < 1.0 and worker.num_ranks > 1 and host.is_cluster:
+            raise ConfigError(
+                f"tensor_parallel_size: Ray gives parts of a GPU to workers of one rank alone; these workers need "
+                f"{sum(sharers.values())} GPUs, and the cluster has {count}"
+            )
         placed = replace(worker, gpus=tuple(host.gpus[gpu].index for gpu in gpus), gpu_share=share)
         if share < 1.0:
             placed = _with_engine(

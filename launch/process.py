@@ -139,12 +139,13 @@ class Child:
     def retire(self, *, drains: bool = False) -> None:
         """Let this life end in good order, and start no other: `run` returns. Idempotent.
 
-        `drains`: it was told already, by somebody else and with a limit, which SIGTERM could shorten.
+        `drains`: it was told already, by somebody else and with a limit, which SIGTERM could shorten. One that is not
+        up was not: it is the life after that one.
         """
         if not self._retired.is_set():
             self._retired.set()
             self._hurry.set()
-            if self._drains_until is None and not drains:  # else it is ending already
+            if self._drains_until is None and not (drains and self.state is ChildState.READY):  # else it ends already
                 self._drains_until = self._clock.now() + self._times.drain_s
                 self._signal(signal.SIGTERM)
 
@@ -252,8 +253,6 @@ class Child:
         if self._clock.now() - since_s >= self._times.stable_after_s:
             self._num_failures = 0
             return 0.0
-        if self._hurry.is_set():
-            return 0.0
         self._num_failures += 1
         if not self.was_ready.is_set():
             if process is not None and process.start_error is not None:
@@ -263,11 +262,10 @@ class Child:
         return self._times.backoff_s(self._num_failures)
 
     async def _terminate(self, process: ChildProcess) -> None:
+        """Let it end by itself; what is there yet after that time is killed as `running` ends."""
         if not self.shall_drain or self._drains_until is None:  # else it drains already: asked twice, it would stop
             process.signal(signal.SIGTERM if self.shall_drain else signal.SIGINT)
-        if not await within(self._times.drain_s if self.shall_drain else self._times.grace_s, process.wait()):
-            process.kill()
-            await process.wait()
+        await within(self._times.drain_s if self.shall_drain else self._times.grace_s, process.wait())
 
     def _tell(self, what: str, **details: object) -> None:
         self._on_event(self.name, {"event": what, **details})

@@ -26,6 +26,7 @@ from .routers import RouterGroup
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
+    from ray.exceptions import RayError
     from ray.util.placement_group import PlacementGroup
 
     from .ray_calls import Pulse, RunEnd, WorkerActor
@@ -87,13 +88,18 @@ class RayWorker:
         await ray_calls.in_thread(self._remove, _CALL_S)
 
     async def _live(self) -> None:
+        from ray.exceptions import RayError
+
         placed = asyncio.ensure_future(_ready(self.place))
         retired = asyncio.create_task(self.retired.wait())
         try:
             await asyncio.wait((placed, retired), return_when=asyncio.FIRST_COMPLETED)
             if placed.done() and not self.retired.is_set():
-                placed.result()
-                self.actor = ray_calls.create_actor(self.plan, self.place, loopback=self._site.loopback)
+                try:
+                    placed.result()
+                    self.actor = ray_calls.create_actor(self.plan, self.place, loopback=self._site.loopback)
+                except RayError as error:  # as where Ray's head has come back without what it knew
+                    raise WorkerLost(f"{self.worker_id} has lost its place: {_last_line(error)}") from error
                 await self._serve(retired)
         finally:
             placed.cancel()
@@ -207,8 +213,12 @@ async def _end_of(work: ObjectRef[RunEnd]) -> RunEnd:
     try:
         end: RunEnd = await work
     except RayError as error:
-        return ray_calls.RunEnd(None, str(error).strip().splitlines()[-1])
+        return ray_calls.RunEnd(None, _last_line(error))
     return end
+
+
+def _last_line(error: RayError) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 async def _answer_to(ping: ObjectRef[Pulse], limit_s: float) -> Pulse | None:

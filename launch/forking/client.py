@@ -53,13 +53,10 @@ class ForkedProcess:
     async def _watch(self, reports: socket.socket) -> int | None:
         try:
             with reports:
-                await _readable(reports.fileno(), self._pidfd)
+                await _readable(self._pidfd)
                 is_told = await _is_readable(reports.fileno(), _ANSWER_S)  # not by a server that hangs
                 report = _receive(reports)[0] if is_told else None
-            if isinstance(report, Ended):
-                return report.code
-            await _readable(self._pidfd)  # the server has gone
-            return None
+            return report.code if isinstance(report, Ended) else None
         finally:
             os.close(self._pidfd)
 
@@ -173,17 +170,15 @@ def _packet_pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-async def _readable(*fds: int) -> None:
-    """Wait until something can be read from one of them, an end too."""
+async def _readable(fd: int) -> None:
+    """Wait until something can be read, an end too."""
     loop = asyncio.get_running_loop()
     is_readable = asyncio.Event()
-    for fd in fds:
-        loop.add_reader(fd, is_readable.set)
+    loop.add_reader(fd, is_readable.set)
     try:
         await is_readable.wait()
     finally:
-        for fd in fds:
-            loop.remove_reader(fd)
+        loop.remove_reader(fd)
 
 
 async def _is_readable(fd: int, limit_s: float) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from kvferry.launch import process
 from kvferry.launch.child_process import Command
 from kvferry.launch.process import Child, ChildState, ChildTimes
+from kvferry.wire.lifeline import Event
 
 from ..fake_clock import FakeClock
 
@@ -32,25 +33,30 @@ class Life:
         self.ready_at = now
         self.on_event = on_event
         self.signals: list[signal.Signals] = []
+        self.heard: list[Event] = []
         self.num_forgiven = 0
         self.is_left = False  # nobody listens to it any more
-        self.code = 0
+        self.is_closed = False  # its end of the lifeline, while it stays
+        self.code: int | None = 0
         self._end = asyncio.Event()
 
-    def end(self, code: int = 0) -> None:
+    def end(self, code: int | None = 0) -> None:
         self.code = code
         self._end.set()
 
-    async def wait(self) -> int:
+    async def wait(self) -> int | None:
         await self._end.wait()
         return self.code
 
     async def closes_within(self, seconds: float) -> bool:
         await asyncio.sleep(0)
-        return self._end.is_set()
+        return self.is_closed or self._end.is_set()
 
     def signal(self, number: signal.Signals) -> None:
         self.signals.append(number)
+
+    def send(self, event: Event) -> None:
+        self.heard.append(event)
 
     def kill(self) -> None:
         self.signals.append(signal.SIGKILL)
@@ -73,17 +79,25 @@ class Watched:
         self.clock = FakeClock()
         self.lives: list[Life] = []
         self.told: list[dict[str, object]] = []
+        self.stderr_fds: list[object] = []  # of each life
         self.on_start: Callable[[], None] = lambda: None
+        self.on_leave: Callable[[], None] = lambda: None
         command = Command(("it",), {})
         self.child = Child("it", lambda: command, self.clock, times=times, on_event=lambda _, e: self.told.append(e))
         self.task = asyncio.ensure_future(self.child.run())
 
     @asynccontextmanager
-    async def life(self, *_: object, on_event: Callable[[dict[str, object]], None], **__: object) -> AsyncIterator[Any]:
+    async def life(
+        self, *_: object, on_event: Callable[[dict[str, object]], None], stderr_fd: int | None, **__: object
+    ) -> AsyncIterator[Any]:
+        self.stderr_fds.append(stderr_fd)
         self.lives.append(Life(self.clock.now(), on_event))
         self.on_start()
-        yield (life := self.lives[-1])
-        life.is_left = True
+        try:
+            yield (life := self.lives[-1])
+        finally:
+            life.is_left = True
+            self.on_leave()
 
     async def turn(self) -> None:
         for _ in range(20):
@@ -95,7 +109,7 @@ class Watched:
         self.lives[-1].on_event({"event": "ready"})
         return self.lives[-1]
 
-    async def ends(self, code: int = 0) -> None:
+    async def ends(self, code: int | None = 0) -> None:
         self.lives[-1].end(code)
         await self.turn()
 
@@ -207,20 +221,44 @@ async def test_who_is_retired_in_a_pause_or_while_it_is_started_ends_at_once(mon
         assert it.lives[0].signals == [TERM]
 
 
+async def test_who_starts_after_a_life_that_drained_is_retired_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What drained has ended before the launcher hears that it shall not come back."""
+    async with watched(monkeypatch) as it:
+        await it.ready()
+        it.clock.advance(TIMES.stable_after_s)
+        await it.ends()
+        it.child.retire(drains=True)
+        assert it.lives[1].signals == [TERM]
+        await it.ends()
+        assert it.task.done() and len(it.lives) == 2
+
+
 @pytest.mark.parametrize("is_restarted", [False, True])
+@pytest.mark.parametrize("drains", [False, True])
 async def test_at_the_end_of_all_it_drains_if_it_shall_and_is_told_once(
-    is_restarted: bool, monkeypatch: pytest.MonkeyPatch
+    is_restarted: bool, drains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One that shall end at once is told so, although it drains."""
     async with watched(monkeypatch) as it:
         life = await it.ready()
         restart = asyncio.ensure_future(it.child.restart()) if is_restarted else None
         await it.turn()
-        it.child.shall_drain = True
+        it.child.shall_drain = drains
         it.task.cancel()
         await it.turn()
-        assert life.signals == [TERM]
+        assert life.signals == ([TERM] if drains else [TERM, INT] if is_restarted else [INT])
         await it.ends()
         assert restart is None or not await restart
+
+
+@pytest.mark.parametrize("drains", [False, True])
+async def test_at_the_end_of_all_one_that_drains_has_more_time(drains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with watched(monkeypatch, ChildTimes(grace_s=0.0, drain_s=1000.0)) as it:
+        life = await it.ready()
+        it.child.shall_drain = drains
+        it.task.cancel()
+        await it.turn()
+        assert life.is_left != drains
 
 
 async def test_a_start_that_fails_is_told_by_who_began_it_and_later_ones_by_the_child(
@@ -237,9 +275,9 @@ async def test_a_start_that_fails_is_told_by_who_began_it_and_later_ones_by_the_
 
 async def test_whose_end_was_anothers_fault_starts_at_once_and_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with watched(monkeypatch) as it:
-        it.child.excuse(None)
         for number in range(1, 4):
             life = await it.ready()
+            it.child.excuse(None)
             life.incarnation = number
             if number == 1:  # it is told before the end is seen, or in the pause
                 it.child.excuse(number)
@@ -252,6 +290,75 @@ async def test_whose_end_was_anothers_fault_starts_at_once_and_has_not_failed(mo
                 await it.turn()
             assert it.child.num_restarts == number == len(it.lives) - 1
         assert [delay_s for _, delay_s in it.restarts()] == [0.0, 1000.0, 1000.0]
+
+
+async def test_who_leaves_its_lifeline_and_stays_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = asyncio.Event()
+    async with watched(monkeypatch, ChildTimes(hang_after_s=0.01, first_backoff_s=0.0)) as it:
+        life = await it.ready()
+        it.on_leave = lambda: life.end(-signal.SIGKILL)  # as `running` sees to
+        it.on_start = started.set
+        life.is_closed = True
+        await asyncio.wait_for(started.wait(), 60.0)
+        assert it.restarts() == [("closed its lifeline and stayed", 0.0)]
+
+
+async def test_an_end_that_nobody_saw_is_one_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with watched(monkeypatch) as it:
+        await it.ready()
+        await it.ends(None)
+        assert it.restarts() == [("ended; who could say how has ended too", 1000.0)]
+
+
+async def test_between_two_lives_there_is_no_process_to_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of the last one may be another's by then."""
+    pids: list[int | None] = []
+    async with watched(monkeypatch) as it:
+        it.on_start = lambda: pids.append(it.child.pid)
+        await it.ready()
+        it.clock.advance(TIMES.stable_after_s)
+        await it.ends()
+        assert len(it.lives) == 2 and pids == [None, None]
+
+
+async def test_who_asked_for_a_restart_may_leave_as_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with watched(monkeypatch) as it:
+        await it.ready()
+        restart = asyncio.ensure_future(it.child.restart())
+        await it.turn()
+        await it.ends()
+        restart.cancel()
+        it.lives[-1].on_event({"event": "ready"})
+        assert it.child.state is ChildState.READY
+        await it.turn()
+        assert restart.cancelled()
+
+
+async def test_only_ends_soon_after_a_start_count_and_only_who_had_served_recovers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with watched(monkeypatch, ChildTimes(first_backoff_s=1e-9, stable_after_s=60.0)) as it:
+        await it.turn()
+        await it.ends(3)
+        recovers = [it.child.is_recovering]
+        for serves_s in (0.0, 0.0, 0.0, 60.0, 0.0):
+            await it.ready()
+            it.clock.advance(serves_s)
+            await it.ends(3)
+            recovers.append(it.child.is_recovering)
+        assert [delay_s for _, delay_s in it.restarts()] == [1e-9, 2e-9, 4e-9, 8e-9, 0.0, 1e-9]
+        assert recovers == [False, True, True, True, True, True]
+
+
+async def test_what_it_writes_is_kept_apart_until_it_shall_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with watched(monkeypatch) as it:
+        it.child.stderr_fd = 7
+        life = await it.ready()
+        it.child.show_stderr()
+        assert life.heard == [{"event": "stderr"}]
+        it.clock.advance(TIMES.stable_after_s)
+        await it.ends(3)
+        assert it.stderr_fds == [7, None]
 
 
 async def test_silence_while_the_launcher_stood_still_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,8 @@ async def test_many_start_at_once(forks: ForkServer) -> None:
 
 
 async def test_a_start_that_is_given_up_leaves_the_server_well(forks: ForkServer, told: Told) -> None:
+    assert await ended(await start(forks, told, "0")) == 0
+    before = _servers()
     given_up = asyncio.create_task(start(forks, told, "0"))
     await asyncio.sleep(0)
     given_up.cancel()
@@ -208,6 +210,47 @@ async def test_a_start_that_is_given_up_leaves_the_server_well(forks: ForkServer
         await given_up
     with contextlib.closing(Told()) as others:
         assert await ended(await start(forks, others, "7")) == 7
+    assert _servers() == before
+
+
+async def test_a_launcher_holds_nothing_of_a_child_that_has_ended(forks: ForkServer, told: Told) -> None:
+    counts = []
+    for _ in range(2):
+        assert await ended(await start(forks, told, "0")) == 0
+        counts.append(psutil.Process().num_fds())
+    assert counts[0] == counts[1]
+
+
+async def test_a_server_that_ends_while_it_is_asked_is_replaced(forks: ForkServer, told: Told) -> None:
+    assert await ended(await start(forks, told, "0")) == 0
+    [own] = _servers()
+    own.suspend()
+    second = asyncio.create_task(start(forks, told, "3"))
+    await asyncio.sleep(0)
+    own.kill()
+    assert await ended(await second) == 3
+
+
+async def test_a_close_ends_every_server_and_no_child(forks: ForkServer, told: Told) -> None:
+    first = await start(forks, told, "wait")
+    await told.facts()
+    forks.renew()
+    with contextlib.closing(Told()) as others:
+        assert await ended(await start(forks, others, "0")) == 0
+    assert len(_servers()) == 2
+    await forks.close()
+    assert not _servers()
+    first.send_signal(signal.SIGKILL)
+    assert await ended(first) is None
+
+
+async def test_what_a_child_was_given_ends_with_it(forks: ForkServer, told: Told) -> None:
+    """Its launcher sees so that it has ended."""
+    process = await start(forks, told, "0")
+    told.theirs.close()
+    await told.facts()
+    assert await ended(process) == 0
+    assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(told.ours, 1), LIMIT_S) == b""
 
 
 async def test_no_process_for_a_child_is_an_error_of_the_system(

@@ -113,6 +113,10 @@ def test_a_worker_may_borrow_all_cores_unless_its_threads_are_set() -> None:
     assert {worker.max_threads for worker in fit_to_host(planned(0, 1), host()).workers} == {None}
     fitted = fit_to_host(planned(1, 1, num_threads=3), host())
     assert {(worker.config.engine.num_threads, worker.max_threads) for worker in fitted.workers} == {(3, None)}
+    ranks = fit_to_host(planned(0, 1, tensor_parallel_size=2), host(num_cpus=9))
+    assert {(worker.config.engine.num_threads, worker.max_threads) for worker in ranks.workers} == {(4, None)}
+    on_gpus = fit_to_host(planned(1, 1), host(2))
+    assert {(worker.config.niceness, worker.max_threads) for worker in on_gpus.workers} == {(0, None)}
 
 
 def test_threads_of_workers_on_a_cluster_are_left_to_their_nodes() -> None:
@@ -128,6 +132,37 @@ def test_cpu_cache_is_a_tenth_of_free_memory_up_to_its_bound() -> None:
         assert {worker.config.engine.kv_cache_memory_bytes for worker in fitted.workers} == {expected}
     fitted = fit_to_host(planned(kv_cache_memory_bytes="64MiB"), host())
     assert fitted.workers[0].config.engine.kv_cache_memory_bytes == 64 << 20
+
+
+def test_caches_of_many_ranks_leave_half_of_the_memory() -> None:
+    fitted = fit_to_host(planned(8, 8), host(free_gib=16))
+    assert {worker.config.engine.kv_cache_memory_bytes for worker in fitted.workers} == {GIB // 2}
+
+
+def test_memory_is_shared_with_all_ranks_that_may_come() -> None:
+    pools = {"prefill": {"workers": 1, "max_workers": 2}, "decode": {"workers": 1, "max_workers": 3}}
+    settings = ServeSettings.model_validate({**pools, "decode": {**pools["decode"], "tensor_parallel_size": 2}})
+    deployment = plan(settings, Path("m"), "m")
+    assert (deployment.num_ranks, deployment.max_workers, deployment.max_ranks) == (3, 5, 3 + 3 * 2)
+    assert Deployment(deployment.router, deployment.workers[:1]).max_ranks == 1, "of a worker that is started by hand"
+    fitted = fit_to_host(deployment, host(free_gib=9))
+    engines = [worker.config.engine for worker in (*fitted.workers, *fitted.templates)]
+    assert [engine.kv_cache_memory_bytes for engine in engines] == [GIB // 2] * 4
+    assert [engine.num_threads for engine in engines] == [2] * 4, "of those that are there"
+
+
+def test_a_pool_may_grow_from_none() -> None:
+    def templates(**prefill: int) -> list[str]:
+        settings = ServeSettings(prefill=PoolSettings(workers=0, **prefill))
+        return [worker.config.role for worker in plan(settings, Path("m"), "m").templates]
+
+    assert templates() == ["decode"] and templates(max_workers=1) == ["prefill", "decode"]
+
+
+def test_each_router_has_a_control_port_of_its_own() -> None:
+    by_hand, router = ServeSettings(control_host="10.0.0.1", control_port=4000), planned().router
+    own = plan(by_hand, Path("m"), "m").router
+    assert (own.control_host, own.control_port) == (router.control_host, router.control_port)
 
 
 def test_each_worker_gets_gpus_of_its_own_where_there_are_enough() -> None:
@@ -153,6 +188,49 @@ def test_gpus_that_are_shared_unevenly_are_split_by_their_sharers() -> None:
     fitted = fit_to_host(planned(2, 1), host(2), MODEL)
     assert [worker.gpus for worker in fitted.workers] == [("0",), ("1",), ("0",)]
     assert [worker.gpu_share for worker in fitted.workers] == [0.5, 1.0, 0.5]
+
+
+def test_on_a_cluster_workers_of_several_ranks_share_no_gpus() -> None:
+    """Half of each of two GPUs is one to Ray: it would give them one GPU."""
+    cluster = replace(host(2), is_cluster=True)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: .* these workers need 4 GPUs, and the cluster has 2"):
+        fit_to_host(planned(1, 1, tensor_parallel_size=2), cluster, MODEL)
+    assert fit_to_host(planned(1, 1, tensor_parallel_size=2), host(2), MODEL).workers[0].gpu_share == 0.5
+    assert fit_to_host(planned(0, 1, tensor_parallel_size=2), cluster, MODEL).workers[0].gpu_share == 1.0
+    assert fit_to_host(planned(2, 2), cluster, MODEL).workers[0].gpu_share == 0.5
+
+
+def test_ranks_have_as_much_memory_as_the_one_that_has_the_least() -> None:
+    """The first GPU of three is shared by the two workers, the second one is smaller."""
+    first, second, third = host(3).gpus
+    machine = replace(host(), gpus=(first, replace(second, total_bytes=70 * GIB), third))
+    fitted = fit_to_host(planned(1, 1, tensor_parallel_size=2), machine, MODEL)
+    assert [(worker.gpus, worker.gpu_share) for worker in fitted.workers] == [(("0", "1"), 0.5), (("2", "0"), 0.5)]
+    sizes = [worker.config.engine.kv_cache_memory_bytes or 0 for worker in fitted.workers]
+    assert 0 < sizes[0] < 0.45 * 70 * GIB < sizes[1] < 0.45 * 140 * GIB
+
+
+def test_a_part_of_a_gpu_holds_weights_as_they_are_there() -> None:
+    """Those of a checkpoint in 32 bits are read in 16."""
+    narrow, wide = (fit_to_host(planned(1, 1), host(1), replace(MODEL, dtype=name)) for name in ("bfloat16", "float32"))
+    sizes = [[worker.config.engine.kv_cache_memory_bytes for worker in fitted.workers] for fitted in (narrow, wide)]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_cache_that_is_given_is_not_changed_on_a_part_of_a_gpu() -> None:
+    fitted = fit_to_host(planned(1, 1, kv_cache_memory_bytes="1GiB"), host(1), MODEL)
+    assert [worker.config.engine.kv_cache_memory_bytes for worker in fitted.workers] == [GIB] * 2
+    unknown = replace(host(), gpus=tuple(replace(gpu, total_bytes=0) for gpu in host(1).gpus))
+    fitted = fit_to_host(planned(1, 1), unknown, MODEL)
+    engines = [worker.config.engine for worker in fitted.workers]
+    assert [(engine.kv_cache_memory_bytes, engine.gpu_memory_utilization) for engine in engines] == [(None, 0.45)] * 2
+
+
+def test_checksums_are_of_pages_in_host_memory() -> None:
+    with pytest.raises(ConfigError, match="kv_checksum: on needs KV pages in host memory"):
+        fit_to_host(planned(kv_checksum="on"), host(2), MODEL)
+    for value, machine in (("auto", host(2)), ("on", host())):
+        assert fit_to_host(planned(kv_checksum=value), machine, MODEL).workers[0].config.transfer.kv_checksum == value
 
 
 def test_too_many_workers_on_one_gpu_are_refused() -> None:
@@ -241,6 +319,14 @@ def test_8_bit_floats_need_a_gpu_that_multiplies_by_them(
         return
     with pytest.raises(ConfigError, match=reason):
         fit_to_host(deployment, machine, MODEL)
+
+
+def test_each_gpu_of_a_worker_and_no_other_multiplies_by_8_bit_floats() -> None:
+    gpus = [replace(gpu, capability=(9 - number, 0)) for number, gpu in enumerate(host(2).gpus)]
+    machine = replace(host(), gpus=tuple(gpus))
+    fit_to_host(planned(0, 1, quantization="fp8"), machine, MODEL)
+    with pytest.raises(ConfigError, match=r"only GPUs of capability 9\.0"):
+        fit_to_host(planned(0, 1, quantization="fp8", tensor_parallel_size=2), machine, MODEL)
 
 
 def test_a_checkpoint_in_32_bits_is_rounded_to_8_bit_floats_on_a_gpu() -> None:
@@ -336,7 +422,8 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 
 
 def test_cpu_is_kept_to_on_a_gpu_host_if_asked_for() -> None:
-    assert fit_to_host(planned(device="cpu"), host(2)).workers[0].gpus == ()
+    fitted = fit_to_host(planned(device="cpu"), host(2))
+    assert fitted.workers[0].gpus == fitted.gpus == ()
 
 
 def test_heads_that_cannot_be_shared_are_refused_with_what_is_possible() -> None:
@@ -618,6 +705,15 @@ def test_every_setting_reaches_a_process(name: str) -> None:
     without = ServeSettings.model_validate(needed)
     changed = ServeSettings.model_validate({name: other} | needed)
     assert plan(changed, Path("/models/m"), "m") != plan(without, Path("/models/m"), "m")
+
+
+@pytest.mark.parametrize("name", ["drain_timeout", "log_format", "log_level", "secret_file"])
+def test_what_routers_and_workers_share_reaches_both(name: str) -> None:
+    """Files are the same in both, whatever folder they run in."""
+    other: dict[str, Any] = {name: OTHER_VALUES.get(name, _other(getattr(ServeSettings(), name)))}
+    changed, without = planned(**other), planned()
+    for worker, default in zip(changed.workers, without.workers, strict=True):
+        assert getattr(worker.config, name) == getattr(changed.router, name) != getattr(default.config, name)
 
 
 def _other(default: object) -> object:

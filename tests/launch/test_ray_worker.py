@@ -26,7 +26,7 @@ from kvferry.settings.fields import ServeSettings
 from kvferry.wire.lifeline import Lifeline
 
 pytest.importorskip("ray")
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RaySystemError
 
 TIMES = ChildTimes(first_backoff_s=0.01, max_backoff_s=0.05)
 SERVED = RunEnd(1, was_ready=True)
@@ -88,6 +88,23 @@ async def test_a_cluster_without_room_is_told_with_what_is_free_of_it(monkeypatc
     says = r"no room for \[\{'CPU': 1\.0\}\], each on one node: 0 of 2 CPU and 0 of 0 GPU are free$"
     with pytest.raises(ConfigError, match=says):
         await ray_calls.wait_for_places([worker], [cast(Any, Nowhere())])
+
+
+class Forgotten:
+    """A place of which Ray's head knows nothing any more."""
+
+    async def ready(self) -> None:
+        raise RaySystemError("the head has gone\nno such placement group")
+
+
+async def test_a_place_that_is_lost_is_the_end_of_its_worker_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other error would end the deployment that it was added to."""
+    freed: list[object] = []
+    monkeypatch.setattr(ray_calls, "free_place", freed.append)
+    worker = RayWorker(cast(Any, Plan()), cast(Any, place := Forgotten()), site([]))
+    with pytest.raises(WorkerLost, match=r"^d-0 has lost its place: .*no such placement group"):
+        await worker.keep()
+    assert freed == [place]
 
 
 class Pinged:

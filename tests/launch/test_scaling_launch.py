@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,14 +15,16 @@ from typing import Any, TypeVar
 import pytest
 
 from kvferry.common.clock import SystemClock
-from kvferry.common.config import Device, environment
+from kvferry.common.config import SECRET_VARIABLE, Device, environment
+from kvferry.common.errors import ConfigError
 from kvferry.common.machine import usable_cpus
 from kvferry.launch import on_ray, ray_calls
-from kvferry.launch.host import Host
+from kvferry.launch.host import Gpu, Host
 from kvferry.launch.local import LocalLauncher
 from kvferry.launch.on_ray import RayLauncher
 from kvferry.launch.plan import Deployment, WorkerPlan, fit_to_host, plan
-from kvferry.launch.process import ChildTimes
+from kvferry.launch.process import Child, ChildTimes
+from kvferry.launch.ray_worker import RaySite
 from kvferry.settings.fields import ServeSettings
 from kvferry.settings.pools import PoolSettings
 
@@ -207,40 +210,99 @@ async def test_a_rolling_restart_passes_over_workers_that_leave(tmp_path: Path) 
 
 
 class Placed:
-    """A worker of a cluster that has come up at once."""
+    """A worker of a cluster that has come up at once, unless its model is said to be none."""
 
-    actor = work = None
+    state = "up"
 
-    def __init__(self, plan: WorkerPlan, *_: object) -> None:
-        self.plan, self.worker_id, self.place = plan, plan.config.worker_id, None
+    def __init__(self, plan: WorkerPlan, place: object, site: RaySite) -> None:
+        self.plan, self.worker_id, self.place, self.site = plan, plan.config.worker_id, place, site
         self.was_ready, self.retired = asyncio.Event(), asyncio.Event()
         self.was_ready.set()
+        self.work, self.actor = f"work of {self.worker_id}", self
+        self.secrets: tuple[bytes, ...] = ()
 
     async def keep(self) -> None:
+        assert self.site.routers.controls == ("127.0.0.1:4242",)
+        if (Path(self.plan.config.engine.model_dir) / "fault").exists():
+            raise ConfigError(f"{self.worker_id}: no such model")
         await self.retired.wait()
+
+    @property
+    def take_secrets(self) -> Placed:
+        return self
+
+    async def remote(self, secrets: tuple[bytes, ...]) -> None:
+        """As a call of an actor: one is between two lives, one hangs."""
+        from ray.exceptions import ActorUnavailableError
+
+        self.secrets = secrets
+        if self.worker_id == "d-0":
+            raise ActorUnavailableError("unavailable", None)
+        if self.worker_id == "d-1":
+            await asyncio.Event().wait()
+
+
+class Ray:
+    """Stands for a cluster, and notes what is asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, num_gpus: int = 0) -> None:
+        pytest.importorskip("ray")
+        gpus = tuple(Gpu(str(index), "", 0, 0) for index in range(num_gpus))
+        host = Host(num_cpus=4, free_memory_bytes=1 << 30, gpus=gpus, is_cluster=True)
+        self.asked: list[object] = []
+        self.ended: list[object] = []
+        monkeypatch.setattr(on_ray, "RayWorker", Placed)
+        monkeypatch.setattr(ray_calls, "connect", lambda address, num_ranks: self.asked.append(num_ranks))
+        monkeypatch.setattr(ray_calls, "cluster_as_host", lambda: host)
+        monkeypatch.setattr(ray_calls, "ask_for_place", lambda plan: self.asked.append(plan.config.worker_id))
+        monkeypatch.setattr(ray_calls, "wait_for_places", self._wait_for_places)
+        monkeypatch.setattr("ray.cancel", lambda work: self.ended.append(f"cancel {work}"))
+        monkeypatch.setattr("ray.wait", lambda works, *, num_returns, timeout: self.ended.append(num_returns))
+        monkeypatch.setattr("ray.kill", lambda actor, *, no_restart: self.ended.append((actor.worker_id, no_restart)))
+        monkeypatch.setattr("ray.shutdown", lambda: self.ended.append("shutdown"))
+
+    async def _wait_for_places(self, plans: Sequence[WorkerPlan], places: Sequence[object]) -> None:
+        self.asked.append(len(places))
+
+
+@asynccontextmanager
+async def on_stub_ray(
+    tmp_path: Path, device: Device = "cpu"
+) -> AsyncIterator[tuple[RayLauncher, StubRequests, Recorder]]:
+    recorder, wishes = Recorder(), StubRequests(tmp_path)
+    env = environment() | {SECRET_VARIABLE: "t" * 16}
+    launcher = RayLauncher(
+        deployment(tmp_path, device=device),
+        env,
+        SystemClock(),
+        recorder,
+        on_serving=recorder.on_serving,
+        router_program=ROUTER,
+    )
+    assert launcher.status()["state"] == "starting"
+    task = asyncio.create_task(launcher.run())
+    task.add_done_callback(lambda _: recorder.wake())
+    try:
+        await recorder.until(lambda: bool(recorder.serving) or task.done())
+        if not task.done():
+            await wishes.until(seq=-1)
+        yield launcher, wishes, recorder
+    finally:
+        launcher.stop()
+        await asyncio.wait_for(task, WAIT_S)
+
+
+def states_of(launcher: RayLauncher) -> dict[str, str]:
+    rows: Any = launcher.status()["processes"]
+    return {row["name"]: row["state"] for row in rows}
 
 
 async def test_on_ray_too_no_worker_comes_while_the_deployment_drains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever routers still say."""
-
-    async def nothing(*_: object) -> bool:
-        return True
-
-    asked: list[str] = []
-    monkeypatch.setattr(on_ray, "RayWorker", Placed)
-    monkeypatch.setattr(ray_calls, "connect", lambda *_: None)
-    monkeypatch.setattr(ray_calls, "cluster_as_host", lambda: Host(num_cpus=4, free_memory_bytes=1 << 30))
-    monkeypatch.setattr(ray_calls, "ask_for_place", lambda plan: asked.append(plan.config.worker_id))
-    for name in ("wait_for_places", "in_thread"):
-        monkeypatch.setattr(ray_calls, name, nothing)
-    recorder, wishes = Recorder(), StubRequests(tmp_path)
-    display, clock = recorder, SystemClock()
-    launcher = RayLauncher(deployment(tmp_path, device="cpu"), environment(), clock, display, router_program=ROUTER)
-    task = asyncio.create_task(launcher.run())
-    try:
-        await wishes.until(seq=-1)
+    ray = Ray(monkeypatch)
+    async with on_stub_ray(tmp_path) as (launcher, _, _):
         routers = launcher._routers
         assert routers is not None
         for number in range(2):
@@ -249,10 +311,94 @@ async def test_on_ray_too_no_worker_comes_while_the_deployment_drains(
             launcher.drain()
             for _ in range(10):  # what has served is being ended by then, and the router has not ended yet
                 await asyncio.sleep(0)
-    finally:
+    assert ray.asked == [5, "p-0", "d-0", 2, "d-1"], "a cluster of its own has room for all that may come"
+
+
+async def test_on_ray_too_a_new_worker_that_cannot_start_is_given_up_and_one_that_shall_go_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ray(monkeypatch)
+    async with on_stub_ray(tmp_path) as (launcher, wishes, recorder):
+        assert len(recorder.serving) == 1 and launcher.status()["state"] == "serving"
+        await wishes.until(seq=wishes.scale(decode=1))
+        assert states_of(launcher) == {"router": "ready", "p-0": "up", "d-0": "up", "d-1": "up"}
+        await wishes.until(seq=wishes.scale(remove=["d-0", "d-1"]), leaving=[], workers={"p-0": "prefill"})
+        (tmp_path / "fault").touch()
+        wishes.scale(decode=1)
+        await recorder.until(lambda: any("d-2 could not start" in note for note in recorder.notes))
+        await wishes.until(leaving=[], workers={"p-0": "prefill"})
+        assert states_of(launcher) == {"router": "ready", "p-0": "up"}
+        killed: list[str] = []
+        monkeypatch.setattr(Child, "kill", lambda child: killed.append(child.name))
+        launcher.drain()
+        assert launcher.status()["state"] == "ending" and not killed
+        await until_gone([lives(tmp_path, "router")[0]["pid"]])
         launcher.stop()
-        await asyncio.wait_for(task, WAIT_S)
-    assert asked == ["p-0", "d-0", "d-1"]
+        assert killed == ["router"], "who is asked twice waits no longer"
+    assert [json.loads(line)["signal"] for line in whole_lines(tmp_path / "signals.jsonl")] == [signal.SIGTERM]
+
+
+async def test_on_ray_a_worker_that_is_added_waits_in_the_cluster_for_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster may grow: whether there is one is not for the launcher to say."""
+    ray = Ray(monkeypatch, num_gpus=2)
+    async with on_stub_ray(tmp_path, "cuda") as (_, wishes, _):
+        await wishes.until(seq=wishes.scale(decode=1))
+    assert ray.asked[-1] == "d-1"
+
+
+async def test_on_ray_one_of_the_first_workers_that_cannot_start_ends_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Ray(monkeypatch)
+    (tmp_path / "fault").touch()
+    with pytest.raises(ConfigError, match=r"^[pd]-0: no such model$"):
+        async with on_stub_ray(tmp_path):
+            pass
+    assert ray.ended[-1] == "shutdown"
+
+
+async def test_on_ray_a_reload_brings_secrets_to_every_worker_and_names_those_that_do_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ray(monkeypatch)
+    monkeypatch.setattr(on_ray, "_CALL_S", 0.01)
+    async with on_stub_ray(tmp_path) as (launcher, wishes, recorder):
+        await wishes.until(seq=wishes.scale(decode=1))
+        assert lives(tmp_path, "router")[0]["env"][SECRET_VARIABLE] == "s" * 16
+        failures = ["d-0: no answer", "d-1: no answer"]
+        workers: Any = launcher._workers.values()
+        assert await launcher.reload() == failures
+        assert recorder.notes[-1] == f"reload failed: {'; '.join(failures)}"
+        assert any(event["event"] == "reload" for event in wishes.heard())
+        assert {worker.secrets for worker in workers} == {worker.site.secrets() for worker in workers} == {(b"t" * 16,)}
+        launcher._env = {SECRET_VARIABLE: "short"}
+        [failure] = await launcher.reload()
+        assert "secret of 5 bytes" in failure and {worker.secrets for worker in workers} == {(b"t" * 16,)}
+        launcher._secrets, launcher._env = (), {}
+        assert await launcher.reload() == [], "there is nothing to bring"
+
+
+async def test_on_ray_nothing_is_restarted_and_whoever_asks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ray(monkeypatch)
+    async with on_stub_ray(tmp_path) as (launcher, wishes, recorder):
+        told: list[str] = []
+        assert not await launcher.restart(told.append)
+        assert len(told) == 1 and told == recorder.notes and told[0].startswith("no restart: ")
+        wishes.say(event="restart_all")
+        await recorder.until(lambda: recorder.notes == 2 * told)
+
+
+async def test_on_ray_workers_may_end_by_themselves_before_their_actors_are_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Ray(monkeypatch)
+    async with on_stub_ray(tmp_path):
+        pass
+    assert ray.ended == ["cancel work of p-0", "cancel work of d-0", 2, ("p-0", True), ("d-0", True), "shutdown"]
 
 
 @pytest.mark.slow

@@ -117,6 +117,16 @@ def test_a_step_that_is_not_the_shipments_ships_nothing_a_second_time() -> None:
     assert calls.made == [(event, "pages_ready") for event in events] and len(events) == NUM_LAYERS
 
 
+def test_what_a_step_that_was_stopped_has_left_is_not_shipped_with_the_next_one() -> None:
+    shipper, calls, events = _shipper()
+    shipper.begin_step([ShipPlan(1, (4,), (9,), last=True)])
+    shipper.on_layer(0)
+    shipper.begin_step([])
+    for layer in range(NUM_LAYERS):
+        shipper.on_layer(layer)
+    assert calls.made == [(events[0], "pages_ready")]
+
+
 @pytest.mark.parametrize("all_layers", [False, True])
 def test_layers_with_windows_ship_what_these_reach(all_layers: bool) -> None:
     shipper, calls, _ = _shipper(msgspec.structs.replace(SPEC, windows=(5, 0, 5)))

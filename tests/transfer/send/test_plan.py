@@ -73,7 +73,7 @@ def test_every_missing_block_is_shipped_exactly_once_whatever_the_chunks(
     num_tokens: int, chunks: list[int], data: st.DataObject
 ) -> None:
     most = (num_tokens - 1) // BLOCK
-    held, cached = data.draw(st.integers(0, most)), data.draw(st.integers(0, most))
+    held, cached = data.draw(st.integers(0, num_tokens // BLOCK)), data.draw(st.integers(0, most))
     seq, grant = _sequence(num_tokens, cached), _grant(num_tokens, held)
     seq.num_promoted_tokens = data.draw(st.integers(0, cached)) * BLOCK
     shipped: list[tuple[int, int]] = []
@@ -86,6 +86,7 @@ def test_every_missing_block_is_shipped_exactly_once_whatever_the_chunks(
         seq.num_computed_tokens += count
         if plan.last:
             break
+    assert plan.last and not seq.num_uncomputed_tokens and hits.all_layers
     num_blocks = -(-num_tokens // BLOCK)
     assert shipped == [(block, 100 + block - held) for block in range(held, num_blocks)]
 
