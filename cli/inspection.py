@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from ..common.config import ADMIN_KEY_VARIABLE, environment
 from ..settings.fields import setting_keys
 from ..settings.flags import with_settings
+from ..settings.http import KEY_SETTINGS
 from ..settings.load import Loaded, load, value_of
 
 _WIDE = 140  # columns of a table of requests
@@ -93,7 +94,7 @@ def config_show(
         if head != section and head:
             print(f"{head}:")
         section = head
-        shown = ["***"] * len(value) if key in ("api_key", "admin_key") and isinstance(value, tuple) else value
+        shown = ["***"] * len(value) if key in KEY_SETTINGS and isinstance(value, tuple) else value
         comment = f"  # {loaded.origins[key]}" if origins else ""
         indent = "  " if head else "# " if key in remarks else ""
         print(f"{indent}{own}: {json.dumps(shown, default=_plain)}{comment}")  # JSON is YAML

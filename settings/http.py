@@ -11,6 +11,8 @@ from ..common.router_config import UnknownFields
 from .option import ALL, FRONTS, SERVE, Option
 from .values import Count, FilePath, Host, Names, NumRouters, Port, Texts, check_host_names, check_origins
 
+KEY_SETTINGS = ("api_key", "admin_key")  # whose values are shown to nobody
+
 
 class HttpSettings(Settings):
     """The listeners."""

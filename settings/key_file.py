@@ -11,15 +11,12 @@ A tenant may have several keys, so that one can be replaced by another without a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime, time
-from itertools import pairwise
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Annotated
 
 import yaml
@@ -29,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from ..common.config import Settings
 from ..common.errors import ConfigError
 from ..wire.credentials import read_private
+from .locks import lock
 from .yaml_values import construct
 
 MAX_KEYS = 10_000
@@ -50,7 +48,7 @@ def _moment(value: datetime | date | None) -> datetime | None:
 
 def _date(value: object) -> object:
     """Refuse numbers, in quotes too: they would be seconds since 1970, and nobody who writes 2027 means those."""
-    if isinstance(value, int | float) or (isinstance(value, str) and "-" not in value):
+    if isinstance(value, str) and "-" not in value:
         raise PydanticCustomError("date", "must be a date such as 2027-01-31, or one with a time")
     return value
 
@@ -102,7 +100,8 @@ def add_key(path: Path, key_id: str, expires: datetime | None) -> str:
     """Draw a key and write its hash at the end of the file, made if need be. Returns the key, which is kept nowhere."""
     with _turn_at(path) as path:
         data = key_file_text(path, "file") if path.exists() else b""
-        if len(_entries(data, path, "file")) >= MAX_KEYS:
+        keys = [entry for entry, _ in _entries(data, path, "file")]
+        if len(keys) >= MAX_KEYS:
             raise ConfigError(f"file: {path} holds {MAX_KEYS} keys already")
         key = _PREFIX + secrets.token_urlsafe(32)
         try:
@@ -118,7 +117,7 @@ def add_key(path: Path, key_id: str, expires: datetime | None) -> str:
             raise ConfigError(
                 f"file: {path} would be larger than {MAX_FILE_BYTES} bytes with one more key: take keys or remarks out"
             )
-        _write(path, text)
+        _write(path, text, [*keys, entry])
         return key
 
 
@@ -127,9 +126,6 @@ def revoke_keys(path: Path, key_id: str) -> int:
     with _turn_at(path) as path:
         data = key_file_text(path, "file")
         entries = _entries(data, path, "file")
-        for (_, (_, end)), (_, (first, _)) in pairwise(entries):
-            if first < end:
-                raise ConfigError(f"file: {path}:{first + 1}: two keys stand in one line; give each lines of its own")
         found = [lines for entry, lines in entries if entry.id == key_id]
         if found:
             kept = data.decode().splitlines(keepends=True)
@@ -137,7 +133,7 @@ def revoke_keys(path: Path, key_id: str) -> int:
                 while kept[end - 1].strip()[:1] in ("", "#"):  # a remark before the next key is that one's
                     end -= 1
                 del kept[first:end]
-            _write(path, "".join(kept))
+            _write(path, "".join(kept), [entry for entry, _ in entries if entry.id != key_id])
         return len(found)
 
 
@@ -145,7 +141,7 @@ def _entries(text: bytes, path: Path, setting: str) -> list[tuple[KeyEntry, tupl
     """Return each entry with its lines: the first, and the one after the last."""
     try:
         root = _compose(text.decode())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{setting}: {path}:{mark.line + 1 if mark else 1}: not YAML") from None
     if root is None:
@@ -172,8 +168,7 @@ def _compose(text: str) -> yaml.Node | None:
 
 
 def _lines(node: yaml.Node) -> tuple[int, int]:
-    end = node.end_mark.line + (1 if node.end_mark.column else 0)
-    return node.start_mark.line, max(end, node.start_mark.line + 1)
+    return node.start_mark.line, node.end_mark.line + (1 if node.end_mark.column else 0)
 
 
 def _entry(node: yaml.Node, origin: str) -> KeyEntry:
@@ -202,28 +197,26 @@ def _turn_at(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # of a folder that is not there, as is told by who reads or writes the file
             folder = os.open(path.parent, os.O_RDONLY)
             stack.callback(os.close, folder)
-            _lock(folder, path)
-        yield path
-
-
-def _lock(folder: int, path: Path) -> None:
-    """Raises OSError where nothing can be locked."""
-    until = monotonic() + _TURN_S
-    while True:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if monotonic() >= until:
+            if not lock(folder, within_s=_TURN_S, look_every_s=_LOOK_EVERY_S):
                 raise ConfigError(
                     f"file: {path} was not edited: another process has had {path.parent} locked for {_TURN_S:g} s "
                     f"(fuser -v {path.parent} names it)"
-                ) from None
-        sleep(_LOOK_EVERY_S)
+                )
+        yield path
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace the file in one rename, for nobody else to read: readers see the old one or the new one."""
+def _write(path: Path, text: str, keys: list[KeyEntry]) -> None:
+    """Replace the file in one rename, for nobody else to read: readers see the old one or the new one.
+
+    `keys`: what the text must say. It may not where lines were taken out of a file, or put to it, that was written by
+    hand: with two keys in one line, or all of them indented.
+    """
+    try:
+        found = [entry for entry, _ in _entries(text.encode(), path, "file")]
+    except ConfigError:
+        found = None
+    if found != keys:
+        raise ConfigError(f"file: {path} was not edited: each of its keys must begin a line of its own, with `- id:`")
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -22,6 +22,7 @@ from ..common.config import CACHE_VARIABLE, FAILPOINTS_VARIABLE, SECRET_VARIABLE
 from ..common.errors import ConfigError
 from ..common.router_config import RequestClass
 from .fields import ENV_PREFIX, ServeSettings, setting_keys
+from .http import KEY_SETTINGS
 from .values import expanded, parse_classes
 from .yaml_values import construct
 
@@ -232,7 +233,7 @@ def _explain(error: ValidationError, merged: Mapping[str, Raw]) -> Iterator[str]
             message = f"{place}: {message}"
         if item["type"] == "extra_forbidden":  # the key is what is wrong, whatever its value
             message += _nearest(names[-1], set(_PARTS[key].model_fields) if key in _PARTS else set())
-        elif names and not message.startswith("'"):  # else it begins with what is wrong
+        elif names and key not in KEY_SETTINGS and not message.startswith("'"):  # else it begins with what is wrong
             choices = str(item.get("ctx", {}).get("expected", "")).split("'")[1::2]
             value = item["input"] if inner else raw.value
             message += f", not {value!r}{_nearest(str(value), choices)}"
@@ -246,7 +247,7 @@ def _inside(key: str, value: object, names: list[str]) -> str:
     One of a list of texts has no name: what it is is told, not where it stands.
     """
     entries = parse_classes(value) if key == "classes" and names else None  # without: it could not be read
-    if isinstance(entries, list) and names[0].isdigit() and int(names[0]) < len(entries):
+    if isinstance(entries, list) and names[0].isdigit():
         entry = entries[int(names[0])]
         names = [str(entry.get("name", names[0])), *names[1:]] if isinstance(entry, Mapping) else names
     return "" if len(names) == 1 and names[0].isdigit() else ".".join(names)

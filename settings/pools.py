@@ -9,7 +9,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 from ..common.config import Attention, ExpertExchange, QuantizationName, Settings
 from ..common.router_config import AutoscaleMode
 from .option import FRONTS, SERVE, Option
-from .values import Count, FilePath, NumThreads, NumWorkers, Share, Texts, check_windows, on_or_off, parse_number
+from .values import (
+    Count,
+    FilePath,
+    NumBytes,
+    NumThreads,
+    NumWorkers,
+    Share,
+    Texts,
+    check_windows,
+    on_or_off,
+    parse_number,
+)
 
 
 class PoolSettings(Settings):
@@ -26,7 +37,7 @@ class PoolSettings(Settings):
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
     gpu_memory_utilization: Share | None = None
-    kv_cache_memory_bytes: Count | None = None
+    kv_cache_memory_bytes: NumBytes | None = None
     enable_prefix_caching: bool | None = None
     attention_backend: Attention | None = None
     num_threads: NumThreads | None = None

@@ -20,18 +20,19 @@ import fcntl
 import mmap
 import os
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from ..common.router_config import RouterConfig
+from .locks import lock
 
 NUM_ROWS = 16_384  # more than a file of keys may have
 KEY_BYTES = 16
-_TRIES, _TRY_EVERY_S = 100, 0.0001  # for the lock
+_WAIT_S, _LOOK_EVERY_S = 0.01, 0.0001  # for the lock: a router's loop stands still meanwhile
 _COUNT = struct.Struct("<i")
+_BUCKETS = struct.Struct("<4d")
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class QuotaBoard:
         (self._num_columns,) = _COUNT.unpack_from(self._memory)
         self._row = _row_of(self._num_columns)
         self._first_row = _COUNT.size * (1 + self._num_columns)
+        self._is_kept = False  # the lock, by somebody who stands still: until it is free, nobody waits for it
 
     @classmethod
     def create(cls, num_routers: int) -> Self:
@@ -92,31 +94,26 @@ class QuotaBoard:
         return int(pid)
 
     def _clear(self, column: int) -> None:
-        behind = self._row.size - _COUNT.size * (self._num_columns - column)
         for row in range(NUM_ROWS):
-            _COUNT.pack_into(self._memory, self._first_row + row * self._row.size + behind, 0)
+            self._count(self._first_row + row * self._row.size, column, 0)
+
+    def _count(self, place: int, column: int, count: int) -> None:
+        _COUNT.pack_into(self._memory, place + KEY_BYTES + _BUCKETS.size + _COUNT.size * column, count)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        is_locked = self._lock()
+        within_s = 0.0 if self._is_kept else _WAIT_S
+        self._is_kept = not lock(self._fd, within_s=within_s, look_every_s=_LOOK_EVERY_S)
         try:
             yield
         finally:
-            if is_locked:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    def _lock(self) -> bool:
-        for _ in range(_TRIES):
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_TRY_EVERY_S)
-            else:
-                return True
-        return False
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # this process's own, if it has it
 
     def find(self, key: bytes) -> tuple[int, BoardRow]:
-        """Return a tenant's row, and where it is. A board without room forgets who stands where a newcomer belongs."""
+        """Return where a tenant's row is, made if need be, and what it says.
+
+        A board without room forgets who stands where a newcomer belongs.
+        """
         first = int.from_bytes(key[:4], "little") % NUM_ROWS
         for step in range(NUM_ROWS):
             place = self._first_row + (first + step) % NUM_ROWS * self._row.size
@@ -128,15 +125,19 @@ class QuotaBoard:
                 break
         else:
             place = self._first_row + first * self._row.size
-        return place, BoardRow(None, [0] * self._num_columns)
+        running = [0] * self._num_columns
+        self._row.pack_into(self._memory, place, key, 0.0, 0.0, 0.0, 0.0, *running)
+        return place, BoardRow(None, running)
 
     def living(self, running: list[int]) -> list[int]:
         """Return a row's counts without those of routers that died: what they had running has ended."""
         return [count if count and _runs(self._pid(column)) else 0 for column, count in enumerate(running)]
 
-    def put(self, place: int, key: bytes, row: BoardRow) -> None:
+    def put(self, place: int, row: BoardRow, column: int) -> None:
+        """Write what a row's buckets hold, and one count: the others may be changed meanwhile, by who has no lock."""
         assert row.buckets is not None
-        self._row.pack_into(self._memory, place, key, *row.buckets, *row.running)
+        _BUCKETS.pack_into(self._memory, place + KEY_BYTES, *row.buckets)
+        self._count(place, column, row.running[column])
 
 
 def has_quotas(config: RouterConfig) -> bool:

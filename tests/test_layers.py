@@ -90,7 +90,7 @@ tools/load           common
 tools/chaos          common models tools/load
 simulator            common wire kvcache engine transfer/protocol transfer/send decode worker
 simulator            router/state router/placement router/dispatch router/autoscaler tools/load simulator/costs
-simulator            sizing
+simulator            models sizing
 simulator/commands   common models models/parts sizing tools/load simulator simulator/costs
 cli                  common wire settings models models/parts sizing router/admin launch
 __main__             cli
@@ -280,6 +280,11 @@ def modules_after(statement: str) -> set[str]:
 def test_command_line_starts_without_torch_and_ray() -> None:
     heavy = {"torch", "ray", "numpy", "fastapi", "structlog", "kvferry.launch.plan", "kvferry.worker.process"}
     assert not modules_after("import kvferry.cli") & heavy
+
+
+def test_a_process_that_parses_bodies_starts_without_logs_and_loops() -> None:
+    parsing = "import kvferry.router.helpers.program, kvferry.router.helpers.strict_json"
+    assert not modules_after(parsing) & {"structlog", "rich", "asyncio", "numpy", "pydantic"}
 
 
 def test_settings_check_and_plan_need_no_torch() -> None:

@@ -39,4 +39,4 @@ class SharedAccounts:
                 row.running[self._column] = max(0, row.running[self._column] + account.num_running - before)
                 levels = [bucket.state if bucket is not None else (0.0, 0.0) for bucket in buckets]
                 row.buckets = (*levels[0], *levels[1])
-                self._board.put(place, key, row)
+                self._board.put(place, row, self._column)

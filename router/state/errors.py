@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
-import structlog
 
 from ...common.errors import CapacityError, KVFerryError, RequestError
 
@@ -30,8 +29,6 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, frozen=True)
@@ -98,6 +95,9 @@ def failure_of(error: BaseException) -> HttpFailure:
 
 def log_failure(event: str, error: Exception, **what: object) -> None:
     """Tell the log of what failed: of a disk the reason, of anything else where in the code."""
+    import structlog  # here, as helper processes, which log nothing, would spend more than half of their start on it
+
+    log = structlog.get_logger(__name__)
     errors = list(_single(error))
     if all(isinstance(each, OSError) and each.errno in _FULL | _UNUSABLE for each in errors):
         log.warning(event, **what, reason=str(errors[0]))

@@ -19,6 +19,8 @@ def test_time_that_nobody_could_look_at_has_not_passed() -> None:
     assert own_time.now() - began == pytest.approx(2.0)
     clock.advance(0.5)
     assert own_time.now() - began == pytest.approx(2.5)
+    clock.advance(30.0)
+    assert own_time.now() - began == pytest.approx(2.5)
 
 
 def test_a_standstill_is_told_once() -> None:

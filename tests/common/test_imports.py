@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 
 import psutil
 import pytest
+
+from kvferry.common.imports import kept_imports
 
 LIMIT_S = 60.0
 PROGRAM = """
@@ -44,3 +47,10 @@ def _check(number: signal.Signals, name: str, call: str) -> None:
             assert outside.wait(LIMIT_S) == 128 + number
         finally:
             outside.kill()
+
+
+def test_garbage_is_collected_again_behind_imports() -> None:
+    with kept_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.unfreeze()

@@ -95,7 +95,16 @@ def test_terminal_gets_lines_for_people() -> None:
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 @pytest.mark.parametrize(
-    "evil", ["a\r\nlevel=error forged", "\x1b[31mred\x1b[0m", "\x9b31m", "a\u2028b", "\u202edrowssap", "\x00\x07"]
+    "evil",
+    [
+        "a\r\nlevel=error forged",
+        "\x1b[31mred\x1b[0m",
+        "\x9b31m",
+        "a\u2028b",
+        "\u202edrowssap",
+        "\u2067drow",
+        "\x00\x07",
+    ],
 )
 def test_what_a_client_chose_cannot_end_a_line_or_steer_a_terminal(kind: type[io.StringIO], evil: str) -> None:
     stream = kind()

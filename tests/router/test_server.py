@@ -159,9 +159,19 @@ def test_other_machines_are_served_only_with_credentials(model_dir: Path, host: 
     with pytest.raises(ConfigError, match=r"^host: .*API key.*--api-key-file"):
         check_exposure(_config(model_dir, host=host), has_secret=True)
     check_exposure(_config(model_dir, host=host, api_key=("k",)), has_secret=False)
+    check_exposure(_config(model_dir, host=host, api_key_file=model_dir / "k"), has_secret=False)
     with pytest.raises(ConfigError, match=r"^control_host: .*secret.*--secret-file"):
         check_exposure(_config(model_dir, control_host=host), has_secret=False)
     check_exposure(_config(model_dir, control_host=host), has_secret=True)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_operators_of_other_machines_need_a_key(model_dir: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^admin_host: .*admin key.*--admin-key-file"):
+        check_exposure(_config(model_dir, admin_host=host, admin_port=0), has_secret=True)
+    check_exposure(_config(model_dir, admin_host=host), has_secret=True)  # nobody listens there
+    check_exposure(_config(model_dir, admin_host=host, admin_port=0, admin_key=("k",)), has_secret=True)
+    check_exposure(_config(model_dir, admin_host=host, admin_port=0, admin_key_file=model_dir / "k"), has_secret=True)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])

@@ -64,6 +64,20 @@ def test_a_folder_that_is_about_to_be_locked_and_a_link_are_left_alone(temporary
     assert new.exists() and link.is_symlink()
 
 
+def test_a_folder_of_another_user_is_left_alone(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root could delete it."""
+    theirs = temporary / "kvferry-answers-theirs"
+    theirs.mkdir()
+    age(theirs)
+    monkeypatch.setattr(os, "getuid", lambda: theirs.stat().st_uid + 1)
+    OwnAnswersDir().close()
+    assert theirs.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    OwnAnswersDir().close()
+    assert not theirs.exists()
+
+
 def test_without_a_place_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(OSError, match="No such file"):

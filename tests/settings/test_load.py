@@ -48,6 +48,11 @@ def test_a_flag_of_names_takes_several_at_once_as_the_variable_does() -> None:
     assert load(flags={}, env=env, file=None).settings.allowed_hosts == ("a.example", "b.example")
 
 
+def test_names_of_a_model_have_no_spaces_around_them_and_stand_once() -> None:
+    env = {"KVFERRY_SERVED_MODEL_NAME": "a, b, a"}
+    assert load(flags={}, env=env, file=None).settings.served_model_name == ("a", "b")
+
+
 def test_pool_is_a_number_or_a_section(tmp_path: Path) -> None:
     settings = load_text(tmp_path, "prefill: 2\ndecode:\n  workers: 3\n  max_num_seqs: 1K\n").settings
     assert settings.prefill.workers == 2
@@ -66,7 +71,7 @@ def test_environment_reaches_pools_lists_and_switches() -> None:
     env = {
         "KVFERRY_DECODE": "2",
         "KVFERRY_DECODE_MAX_NUM_SEQS": "8",
-        "KVFERRY_API_KEY": "a, b",
+        "KVFERRY_API_KEY": "a, b,",
         "KVFERRY_LOCAL_PREFILL": "false",
         "KVFERRY_SECRET": "no setting",
         "KVFERRY_CACHE": "/no/setting",
@@ -153,6 +158,8 @@ MISTAKES = [
     ("prefill: 0\nlocal_prefill: false", ":2: local_prefill: without prefill workers every prompt is local"),
     ("ray_address: auto", ":1: ray_address: only with --launcher ray"),
     ("api_key: ['a,b']", ":1: api_key: a key has"),
+    ("api_key: [' a']", ":1: api_key: a key has"),
+    ("admin_key: ['']", ":1: admin_key: a key has"),
     ("port: 3\nport: 4", ":2: port: given twice, first at"),
     ("prefill: 2\nprefill:\n  workers: 3", ":3: prefill.workers: given twice, first at"),
     ("- port", ":1: a mapping of settings is needed"),
@@ -166,14 +173,29 @@ MISTAKES = [
     ("allowed_hosts: &a [!!float 1:30]\nserved_model_name: *a", ":1: allowed_hosts: 1:30 is no name"),
     ("allowed_hosts: [a, !!timestamp b]", ":1: the tag !!timestamp does not permit this value"),
     ("port: " + "[" * 320 + "]" * 320, ":1: lists and mappings lie too deep in one another"),
+    pytest.param("port: " + "[" * 5000, ":1: not YAML: maximum recursion depth", id="deeper"),
     ("served_model_name: [[a]]", ":1: served_model_name: "),
     ("served_model_name: ' '", ":1: served_model_name: must not be blank"),
     ("swap_space: 4", ":1: swap_space: 4 bytes hold nothing; say 4GiB if that is meant"),
     ("kv_cache_memory_bytes: '8'", ":1: kv_cache_memory_bytes: 8 bytes hold nothing; say 8GiB"),
+    ("decode: {kv_cache_memory_bytes: 8}", ":1: decode.kv_cache_memory_bytes: 8 bytes hold nothing; say 8GiB"),
     ("secret_file: [1]", ":1: secret_file: must be a path, not ['1']"),
     ("lora_modules: [a=b]", ":1: lora_modules: needs enable_lora"),
     ("allow_runtime_lora_updating: true", ":1: allow_runtime_lora_updating: needs enable_lora"),
     ("lora_experts: true", ":1: lora_experts: needs enable_lora"),
+    (
+        "enable_lora: true\nallow_runtime_lora_updating: true\nrouters: 2",
+        ":2: allow_runtime_lora_updating: with one router",
+    ),
+    ("max_loras: 8\nmax_cpu_loras: 7", ":2: max_cpu_loras: at least max_loras, which is 8"),
+    (
+        "mixed_quantization: [plain, int4]\nspeculative_config: {method: ngram}",
+        ":1: mixed_quantization: not with deterministic",
+    ),
+    (
+        "tensor_parallel_size: 2\ndeterministic: true\ndecode: {enable_expert_parallel: true}",
+        ":2: deterministic: both pools need the same enable_expert_parallel",
+    ),
     ("allowed_hosts: ['chat.example:443']", ":1: allowed_hosts: chat.example:443 is no name such as chat.example:"),
     ("allowed_hosts: [https://chat.example]", ":1: allowed_hosts: https://chat.example is no name"),
     ("allowed_hosts: '*'", ":1: allowed_hosts: * is no name such as chat.example: without scheme, port, path and *"),
@@ -229,9 +251,13 @@ MISTAKES = [
     ),
     ("classes: &a {b: &b {weight: 2, weight: 3}, c: *a, d: *b}", ":1: classes: b.weight: given twice, first at"),
     ("classes: '{batch: 1}'", ":1: classes: must be a JSON object: Expecting property name"),
+    pytest.param(
+        f"classes: '{'[' * 100_000}'", ":1: classes: must be a JSON object: maximum recursion depth", id="deep"
+    ),
     ("prefill: &a {max_num_seqs: 2}\ndecode: {<<: *a}", ":2: decode.<<: merge keys are not read here; write"),
     ("<<: {port: 3}", ":1: <<: merge keys are not read here"),
     ("enable_lora: true\nlora_modules:\n- name:\n  path: /x", ":2: lora_modules: each is NAME=DIRECTORY or {"),
+    ("enable_lora: true\nlora_modules: [a=/x, a=/y]", ":2: lora_modules: each name once"),
     ("enable_lora: true\nlora_modules: [{name: a, path: [b]}]", ":2: lora_modules: each is NAME=DIRECTORY or {"),
     ("data_dir: ~nobody-here/x", ":1: data_dir: a path with ~ must name a user of this machine, not '~nobody-"),
     ("enable_lora: true\nlora_modules: a=~nobody-here/x", ":2: lora_modules: a path with ~ must name a user of"),
@@ -263,6 +289,7 @@ MISTAKES = [
     ("routers: 1000000", ":1: routers: must be less than or equal to 1000"),
     ("num_threads: 99999999999999999999999", ":1: num_threads: must be less than or equal to 4096"),
     ("host: a b", ":1: host: must be an address or a name of a host, not 'a b'"),
+    ("host: 10.0.0.0/8", ":1: host: must be an address or a name of a host, without scheme, port and brackets"),
     ("admin_host: ''", ":1: admin_host: must be an address or a name of a host, not ''"),
     ('control_host: "a\\0b"', ":1: control_host: must be an address or a name of a host"),
     (f"served_model_name: {'x' * 201}", ":1: served_model_name: has 201 characters; the limit is 200"),
@@ -296,6 +323,7 @@ def test_mistake_in_a_file_is_told_with_its_line(tmp_path: Path, text: str, mess
         ("autoscale", "On"),
         ("max_model_len", "32_768"),
         ("kv_cache_memory_bytes", "8.589934592e+09"),
+        ("kv_cache_dtype", "fp8_e4m3"),
         ("served_model_name", "no"),
         ("revision", "1.0"),
         ("api_key", "0123"),
@@ -348,6 +376,13 @@ def test_a_path_may_be_in_the_home_of_who_starts(tmp_path: Path, monkeypatch: py
     assert {value_of(settings, name) for name in (*names, "decode.expert_plan")} == {tmp_path / "x"}
     with pytest.raises(ConfigError, match=r"^config: a path with ~ must name a user of this machine, not '~nobody"):
         load(flags={}, env={}, file=Path("~nobody-here/x.yaml"))
+
+
+@pytest.mark.parametrize("text", ["api_key: {key: sk-1}", "admin_key: [[sk-1]]", "admin_key: [{key: sk-1}]"])
+def test_a_key_that_is_given_in_a_wrong_form_is_not_shown(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r":1: \w+_key: must be a") as caught:
+        load_text(tmp_path, text)
+    assert "sk-1" not in str(caught.value)
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
@@ -450,6 +485,18 @@ def test_few_tokens_limit_the_sequences_of_a_step_that_were_not_asked_for(tmp_pa
     load_text(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_loras: 8\nmax_cpu_loras: 8",
+        "deterministic: true\ndecode: {enable_expert_parallel: true}",
+        "swap_space: 0\nkv_cache_memory_bytes: 1K",
+    ],
+)
+def test_what_is_just_enough_and_what_splits_nothing_are_taken(tmp_path: Path, text: str) -> None:
+    load_text(tmp_path, text)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_are_right(path: Path) -> None:
     load(flags={}, env={}, file=path)
@@ -510,6 +557,8 @@ def test_weights_of_two_forms_are_asked_for_by_name(tmp_path: Path) -> None:
         ConfigError, match=r"--decode-quantization: prefill workers have plain weights, decode workers int4"
     ):
         load(flags=both, env={}, file=None)
+    alone = load(flags=both | {"prefill.workers": Raw("0", "--prefill")}, env={}, file=None).settings
+    assert alone.decode.quantization == "int4"
     mixed = both | {"mixed_quantization": Raw(["plain,int4"], "--mixed-quantization")}
     settings = load(flags=mixed, env={}, file=None).settings
     assert settings.mixed_quantization == ("plain", "int4") and settings.decode.overrides() == {"quantization": "int4"}
@@ -574,7 +623,18 @@ def test_adapters_may_be_json_in_a_variable(text: str, adapters: tuple[str, ...]
     assert load(flags={}, env=env, file=None).settings.lora_modules == adapters
 
 
-@pytest.mark.parametrize("text", ["{name: fr}", "[{name: a=b, path: /a}]", "[{2001-01-01: x}]", "3"])
+def test_an_adapters_directory_is_one_of_the_folder_that_the_command_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers may run in another one."""
+    monkeypatch.chdir(tmp_path)
+    settings = load_text(tmp_path, "enable_lora: true\nlora_modules: fr=adapters/fr\n").settings
+    assert settings.lora_modules == (f"fr={tmp_path}/adapters/fr",)
+
+
+@pytest.mark.parametrize(
+    "text", ["{name: fr}", "[{name: a=b, path: /a}]", "[{2001-01-01: x}]", "3", "=/a", "[{name: a, path: /a, to: b}]"]
+)
 def test_what_names_no_adapter_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.yaml:2: lora_modules"):
         load_text(tmp_path, f"enable_lora: true\nlora_modules: {text}\n")
@@ -587,7 +647,7 @@ def test_every_router_needs_a_port_of_its_own_for_operators(tmp_path: Path) -> N
     assert load_text(tmp_path, "admin_port: 0\nrouters: 3\n").settings.admin_port == 0
 
 
-@pytest.mark.parametrize("text", ["soon", "08:00-25:00 decode>=2"])
+@pytest.mark.parametrize("text", ["soon", "08:00-24:00 decode>=2", "08:60-09:00 decode>=2", "08:00-09:60 decode>=2"])
 def test_a_window_that_is_none_is_told_once(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(flags={"scale_schedule": Raw([text], "--scale-schedule")}, env={}, file=None)

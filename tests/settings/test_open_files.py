@@ -20,7 +20,7 @@ from kvferry.settings.open_files import room_for_connections
 soft, hard, asked = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:
-    print(room_for_connections(asked or None), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    print(room_for_connections(asked or None), *resource.getrlimit(resource.RLIMIT_NOFILE))
 except ConfigError as error:
     print(error)
 """
@@ -48,12 +48,12 @@ def test_what_fits_is_given() -> None:
 
 
 def test_the_soft_limit_is_raised_as_far_as_it_must_be() -> None:
-    assert _ask(64, 8192) == f"{MAX_CONNECTIONS} {(MAX_CONNECTIONS + 256) * 3 // 2}"
-    assert _ask(64, 2000, 1000) == "1000 1884"
+    assert _ask(64, 8192) == f"{MAX_CONNECTIONS} {(MAX_CONNECTIONS + 256) * 3 // 2} 8192"
+    assert _ask(64, 2000, 1000) == "1000 1884 2000"
 
 
 def test_the_usual_number_shrinks_to_what_is_there_but_not_below_a_few_hundred() -> None:
-    assert _ask(1024, 1024) == "768 1024"
+    assert _ask(1024, 1024) == "768 1024 1024"
     assert _ask(64, 64) == (
         "max_connections: 256 connections need 512 open files, and this process may have 64; "
         "raise that limit (ulimit -n 512)"
@@ -61,7 +61,8 @@ def test_the_usual_number_shrinks_to_what_is_there_but_not_below_a_few_hundred()
 
 
 def test_a_number_that_was_asked_for_is_met_or_refused() -> None:
-    assert _ask(300, 300, 10) == "10 300"
+    assert _ask(300, 300, 10) == "10 300 300"
+    assert _ask(266, 266, 10) == "10 266 266"
     assert _ask(300, 1000, 1000) == (
         "max_connections: 1000 connections need 1256 open files, and this process may have 1000; "
         "raise that limit (ulimit -n 1256), or set --max-connections 744"

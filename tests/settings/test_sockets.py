@@ -27,3 +27,13 @@ def test_a_name_may_have_addresses_of_either_kind(monkeypatch: pytest.MonkeyPatc
 def test_it_can_be_connected_to(host: str) -> None:
     with open_listener(Address(host, 0)) as listener, socket.create_connection(listener.getsockname()[:2]):
         pass
+
+
+def test_a_port_whose_connections_have_just_ended_is_listened_at_again() -> None:
+    """A server that is started anew finds those that it had."""
+    with open_listener(Address("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        with socket.create_connection((host, port)) as client:
+            listener.accept()[0].close()  # ended here first: it lingers at this end
+            assert client.recv(1) == b""
+    open_listener(Address(host, port)).close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import stat
@@ -161,6 +162,47 @@ def test_revoking_leaves_all_other_lines_as_they_are(tmp_path: Path) -> None:
     assert read_key_file(path, "file") == ()
 
 
+def test_a_key_may_be_added_behind_a_line_without_an_end_and_that_line_revoked(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    path.write_text(text := f"- id: alice\n  hash: {HASH}")
+    add_key(path, "bob", None)
+    assert [entry.id for entry in read_key_file(path, "file")] == ["alice", "bob"]
+    path.write_text(text)
+    assert revoke_keys(path, "alice") == 1
+    assert path.read_text() == ""
+
+
+def test_who_may_read_a_file_of_keys_may_read_it_after_an_edit(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    path.chmod(0o640)
+    add_key(path, "alice", None)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("when", ["2027-01-31", "'2027-01-31'", "2027-01-31 00:00:00", "2027-01-31T01:00:00+01:00"])
+def test_a_date_without_a_zone_is_meant_in_utc(tmp_path: Path, when: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    path.write_text(f"- id: alice\n  hash: {HASH}\n  expires: {when}\n")
+    assert [entry.expires for entry in read_key_file(path, "file")] == [datetime(2027, 1, 31, tzinfo=UTC)]
+
+
+def test_an_edit_that_fails_leaves_nothing_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.yaml"
+    add_key(path, "alice", None)
+    before = path.read_bytes()
+
+    def refuse(*_paths: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ConfigError, match=r"cannot write .*keys\.yaml: Input/output error"):
+        add_key(path, "bob", None)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
 def test_revoking_leaves_the_remark_before_the_next_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.touch(mode=0o600)
@@ -172,13 +214,50 @@ def test_revoking_leaves_the_remark_before_the_next_key(tmp_path: Path) -> None:
     assert path.read_text() == "\n# of sales, until March\n# the end\n"
 
 
+def test_a_key_that_stands_in_one_line_is_revoked_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    alice, bob = (f"- {{id: {name}, hash: '{HASH}'}}\n" for name in ("alice", "bob"))
+    path.write_text(alice + bob)
+    assert revoke_keys(path, "alice") == 1
+    assert path.read_text() == bob
+
+
 def test_keys_that_share_a_line_are_not_revoked_together(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.touch(mode=0o600)
     path.write_text(text := f"[{{id: alice, hash: '{HASH}'}}, {{id: bob, hash: '{HASH}'}}]\n")
-    with pytest.raises(ConfigError, match=r"keys\.yaml:1: two keys stand in one line"):
+    with pytest.raises(ConfigError, match=r"keys\.yaml was not edited: each of its keys must begin a line"):
         revoke_keys(path, "alice")
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{{id: alice, hash: '{0}'}},\n {{id: bob, hash: '{1}'}}]\n",
+        "  - id: alice\n    hash: {0}\n  - id: bob\n    hash: {1}\n",
+        "- id: alice\n  hash: {0}\n- id: bob\n  hash: {1}\n...\n",
+        "- id: alice\n  hash: &one {0}\n- id: bob\n  hash: {1}\n- id: alice\n  hash: *one\n",
+    ],
+)
+def test_a_file_is_as_good_after_an_edit_as_before_it(tmp_path: Path, text: str) -> None:
+    """Whoever wrote it by hand may have written it in another way than line by line."""
+    path = tmp_path / "keys.yaml"
+    path.touch(mode=0o600)
+    edits: dict[str, Callable[[], object]] = {
+        "alice bob carol": lambda: add_key(path, "carol", None),
+        "bob": lambda: revoke_keys(path, "alice"),
+    }
+    for left, edit in edits.items():
+        path.write_text(before := text.format(HASH, HASH.replace("0", "1")))
+        try:
+            edit()
+        except ConfigError as error:
+            assert "keys.yaml was not edited" in str(error)
+            assert path.read_text() == before
+        else:
+            assert " ".join(entry.id for entry in read_key_file(path, "file")) == left
 
 
 @pytest.mark.slow
@@ -208,19 +287,23 @@ NO_DATES = ("2027", "20271231", "'2027'", "12:30", "1830211200.5")
         (f"- id: a\n  hash: {HASH}\n- id: !!int ''", r":3: the tag !!int does not permit this value"),
         (f"- id: a\n  hash: {HASH}\n- id: 'b c'\n  hash: {HASH}", r":3: id: String should match"),
         ("- id: a\n  hash: sesame", r":1: hash: String should match"),
+        (f"- id: a\n  hash: {HASH[:-2]}", r":1: hash: String should match"),
+        (f"- id: {65 * 'a'}\n  hash: {HASH}", r":1: id: String should match"),
         (f"- id: a\n  hash: {HASH}\n  expires: soon", r":1: expires"),
+        (f"- id: a\n  hash: {HASH}\n  expires: 2027-13-31", r":1: month must be in"),
         *((f"- id: a\n  hash: {HASH}\n  expires: {when}", r":1: expires: must be a date") for when in NO_DATES),
         (f"- id: a\n  hash: {HASH}\n- id: b\n  hash: {HASH}", r":3: this key stands in the file already"),
         (f"- id: a\n  hash: {HASH}\n- id: a\n  hash: {HASH}\n  expires: 2027-01-31", r":3: this key stands"),
         (f"- id: a\n  id: b\n  hash: {HASH}", r":1: an entry has id once"),
         (f"- id: a\n  hash: {HASH}\n  role: king", r":1: role: Extra inputs"),
         ("- [", "not YAML"),
+        ("- id: J\xe9r\xf4me", "not YAML"),
         ("- !!python/object/apply:os.system ['true']", r":1: "),
     ],
 )
 def test_a_mistake_in_a_key_file_names_its_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "keys.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     path.chmod(0o600)
     with pytest.raises(ConfigError, match=rf"^api_key_file: {path}.*{message}"):
         read_key_file(path, "api_key_file")
@@ -256,6 +339,10 @@ def test_as_many_keys_as_a_file_may_hold_can_be_read_again(tmp_path: Path, monke
     assert len(read_key_file(path, "file")) == num_keys
     with pytest.raises(ConfigError, match=f"holds {num_keys} keys already"):
         add_key(path, "one-more", None)
+    path.write_text(f"{path.read_text()}{entry % num_keys}")
+    monkeypatch.setattr(key_file, "MAX_FILE_BYTES", MAX_FILE_BYTES)
+    with pytest.raises(ConfigError, match=f"holds {num_keys + 1} keys; at most {num_keys} are read"):
+        read_key_file(path, "file")
 
 
 def test_a_key_that_would_make_its_file_too_large_to_read_is_not_added(tmp_path: Path) -> None:

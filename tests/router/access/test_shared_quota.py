@@ -15,6 +15,7 @@ from kvferry.common.errors import CapacityError
 from kvferry.router.access.quota import Allowance, QuotaLimits, Quotas
 from kvferry.router.access.shared_accounts import SharedAccounts
 from kvferry.settings import quota_board
+from kvferry.settings.locks import lock
 from kvferry.settings.quota_board import KEY_BYTES, BoardRow, QuotaBoard
 
 
@@ -53,7 +54,7 @@ def entered(quotas: Quotas, tenant: bytes, tries: int) -> list[Allowance]:
 
 def test_processes_at_once_let_in_as_many_as_one_may(board: QuotaBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three at once, of which each tries more than all may."""
-    monkeypatch.setattr(quota_board, "_TRIES", 10**6)  # whoever has the lock may wait for a core here
+    monkeypatch.setattr(quota_board, "_WAIT_S", 600.0)  # whoever has the lock may wait for a core here
     path, readers, began_s = board.path, [], time.monotonic()
     for _ in range(3):
         reader, writer = os.pipe()
@@ -83,6 +84,10 @@ def test_requests_of_a_router_that_died_count_no_more_for_those_that_live_and_th
     assert in_another_process(lambda: len(entered(quotas_on(path, max_concurrency=3), b"a", 9))) == 0
     kept.pop().leave()
     assert in_another_process(lambda: len(entered(quotas_on(path, max_concurrency=3), b"a", 9))) == 1
+
+
+def test_a_router_with_the_process_id_of_one_that_died_takes_its_column(board: QuotaBoard) -> None:
+    assert board.claim() == QuotaBoard.open(board.path).claim() == 0
 
 
 def test_who_lives_is_asked_only_where_that_decides(board: QuotaBoard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,11 +138,38 @@ def _until_full(board: QuotaBoard) -> None:
 def test_a_router_that_is_stopped_with_the_lock_stops_no_other(
     board: QuotaBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quota_board, "_TRIES", 3)
+    """It is waited for once, and again when it has gone on."""
+    waits = list[float]()
+
+    def noted(fd: int, *, within_s: float, look_every_s: float) -> bool:
+        waits.append(within_s)
+        return lock(fd, within_s=within_s, look_every_s=look_every_s)
+
     quotas = quotas_on(board.path, requests_per_minute=2)
+    monkeypatch.setattr(quota_board, "lock", noted)
     fcntl.flock(holder := os.open(board.path, os.O_RDWR), fcntl.LOCK_EX)
     assert len(entered(quotas, b"a", 5)) == 2
     os.close(holder)
+    assert entered(quotas, b"a", 2) == []
+    assert [wait_s > 0 for wait_s in waits] == [True, False, False, False, False, False, True]
+
+
+def test_who_goes_on_without_the_lock_changes_no_count_of_another_router(board: QuotaBoard) -> None:
+    path = board.path
+    accounts = SharedAccounts(QuotaBoard.open(path), QuotaLimits(max_concurrency=9), SystemClock())
+    with accounts.using(b"a") as account:
+        assert in_another_process(lambda: len(entered(quotas_on(path, max_concurrency=9), b"a", 3))) == 3
+        account.num_running += 1
+    with accounts.using(b"a") as account:
+        assert account.num_running == 4
+
+
+def test_as_many_tenants_as_a_board_has_rows_are_all_known(board: QuotaBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them belong where another one stands."""
+    monkeypatch.setattr(quota_board, "NUM_ROWS", 4)
+    quotas = quotas_on(board.path, max_concurrency=1)
+    assert [len(entered(quotas, b"%d" % tenant, 1)) for tenant in range(4)] == [1, 1, 1, 1]
+    assert [len(entered(quotas, b"%d" % tenant, 1)) for tenant in range(4)] == [0, 0, 0, 0]
 
 
 def test_a_full_board_forgets_one_for_a_newcomer_and_never_counts_below_nothing(

@@ -6,15 +6,19 @@ import pytest
 
 from kvferry.common.request import SamplingParams
 from kvferry.router.state.attempt import Attempt, AttemptState
+from kvferry.router.state.failures import CLEARED_BY_STEPS, WORKER_LOST, Blame, Suspicion
 from kvferry.router.state.objectives import Objectives
 from kvferry.router.state.pools import Pools
 from kvferry.router.state.request import RequestStatus, RouterRequest
-from kvferry.router.state.search import QUEUE_IF_FULL_AFTER_S
+from kvferry.router.state.search import QUEUE_IF_FULL_AFTER_S, max_num_tokens
 from kvferry.router.state.token_stream import TokenStream
 from kvferry.router.state.tracked_request import TrackedRequest
 from kvferry.router.state.views import RequestLoad
 from kvferry.router.state.worker import RouterWorker
+from kvferry.wire.grants import GrantId, GrantInfo
+from kvferry.wire.results import FirstToken, HandoffFailed, TaskRefused
 from kvferry.wire.tasks import Abort, LocalTask, ReserveKV
+from kvferry.wire.workers import CacheChange
 
 from ..fleet import Fleet, Link, hello, status
 
@@ -113,6 +117,54 @@ def test_a_failed_attempt_tells_what_its_prefill_worker_has(
     attempt = Scene().reserve()
     attempt.note(state)
     assert attempt.prompt_cache() == expected
+    attempt.lost_prefill = Blame(WORKER_LOST, "p-0")
+    assert attempt.prompt_cache() is None
+
+
+def test_a_worker_whose_task_goes_to_another_one_is_free_of_it() -> None:
+    scene = Scene()
+    attempt = scene.reserve()
+    grant = GrantInfo(
+        grant_id=GrantId("d-0", 1, 1),
+        spec=scene.decode.hello.spec,
+        kv_address="127.0.0.1:1",
+        block_ids=(0,),
+        num_tokens=NUM_TOKENS,
+        num_computed_tokens=0,
+        ranks=(),
+        open_within_s=2.0,
+        mac=b"",
+    )
+    attempt.take_grant(grant, 1.0)
+    attempt.send_task(1.0, scene.other)
+    assert attempt.prefill is scene.other and scene.other.loads.keys() == {"r-0"}
+    assert not scene.prefill.loads
+
+
+def test_each_choice_but_the_first_has_a_block_of_its_own() -> None:
+    scene = Scene()
+    request = RouterRequest("r-1", list(range(NUM_TOKENS)), SamplingParams(max_tokens=8), n=3)
+    Attempt(request, scene.decode, None, 1.0).run_locally(1.0)
+    assert scene.decode.loads["r-1"].num_blocks == scene.decode.hello.spec.num_blocks_for(NUM_TOKENS) + 2
+
+
+def test_messages_count_from_those_and_then_when_they_may_come() -> None:
+    scene = Scene()
+    attempt = scene.reserve()
+    first = FirstToken(request_id="r-0", attempt=0, choices=(), num_cached_tokens=0, prefill_s=0.0, queue_s=0.0)
+    failed = HandoffFailed(request_id="r-0", attempt=0, reason="its session ended", blame="peer")
+    full, unserved = (TaskRefused(request_id="r-0", attempt=0, reason=reason) for reason in ("blocks", "adapter"))
+    assert not attempt.expects(scene.prefill, first) and not attempt.expects(scene.decode, failed)
+    scene.request.advance(RequestStatus.PREFILLING, 1.0)
+    assert attempt.expects(scene.prefill, first) and not attempt.expects(scene.decode, first)
+    assert attempt.expects(scene.decode, failed) and not attempt.expects(scene.prefill, failed)
+    scene.request.advance(RequestStatus.DECODING, 2.0)
+    assert attempt.expects(scene.decode, unserved) and not attempt.expects(scene.prefill, unserved)
+    assert not attempt.expects(scene.decode, full)
+    alone = Scene()
+    local = alone.begin()
+    local.run_locally(1.0)
+    assert not local.expects(alone.decode, failed)
 
 
 def test_a_prompt_that_a_worker_has_is_no_load_there() -> None:
@@ -136,6 +188,43 @@ def test_a_search_ends_with_the_task_and_knows_on_what_it_has_learned() -> None:
     scene.begin()
     scene.tracked.run_locally(1.5)
     assert not search.queue_if_full(100.0) and search.is_refused_by(scene.other, 2.0)
+
+
+def test_what_a_request_was_suspected_of_is_over_when_its_next_attempt_has_gone_on_for_a_while() -> None:
+    scene = Scene()
+    attempt = scene.begin()
+    scene.tracked.suspicion = Suspicion(scene.other.life, 0.5)
+    suspicions = []
+    for _ in range(CLEARED_BY_STEPS):
+        suspicions.append(scene.tracked.suspicion)
+        scene.tracked.note_step(attempt)
+    assert None not in suspicions and scene.tracked.suspicion is None
+
+
+def test_a_request_that_was_put_aside_is_looked_at_again_where_there_is_hope() -> None:
+    scene = Scene()
+    scene.tracked.search.is_aside = True
+    assert scene.tracked.is_put_off(1.0)
+    scene.tracked.search.note_hope()
+    assert not scene.tracked.is_put_off(1.0)
+
+
+def test_no_answer_is_longer_than_the_shortest_context_allows() -> None:
+    scene = Scene()
+    most = scene.pools.least_model_len
+    assert most is not None and max_num_tokens(scene.request, scene.pools) == NUM_TOKENS + 8 < most
+    long = RouterRequest("r-1", list(range(NUM_TOKENS)), SamplingParams(max_tokens=most))
+    assert max_num_tokens(long, scene.pools) == most
+
+
+def test_what_is_cached_is_no_help_to_who_wants_log_probabilities_of_it() -> None:
+    scene = Scene()
+    scene.pools.prefix_index.on_change(1, CacheChange(0, stored=bytes(range(16))))
+    scene.request.block_hashes = [bytes(range(16))]
+    search = scene.tracked.search
+    assert search.demand(scene.pools, frozenset(), 1.0).cached == {1: scene.pools.block_size}
+    scene.request.sampling = SamplingParams(max_tokens=8, prompt_logprobs=1)
+    assert search.demand(scene.pools, frozenset(), 1.0).cached == {}
 
 
 def test_a_pair_is_late_again_only_the_second_time() -> None:

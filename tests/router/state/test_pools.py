@@ -8,7 +8,7 @@ from kvferry.router.state.pools import Pools
 from kvferry.router.state.views import RequestLoad
 from kvferry.router.state.worker import RouterWorker
 from kvferry.wire.results import RequestTokens, StepTokens
-from kvferry.wire.workers import StepSample
+from kvferry.wire.workers import CacheChange, StepSample
 
 from ..fleet import Link, hello, status
 
@@ -52,7 +52,8 @@ def test_a_prompt_that_is_done_is_not_ahead_though_the_heartbeat_says_so() -> No
 def test_another_routers_tokens_stay_ahead() -> None:
     worker = make()
     worker.bind("a", RequestLoad(100, 1, 7, at_s=0.5))
-    worker.on_status(status(waiting_tokens=300), 1.0)
+    worker.on_status(status(waiting_tokens=300, num_running=1), 1.0)
+    assert worker.view(1.0).unstarted_tokens == 100  # what runs may be the other's
     worker.release("a")
     assert worker.view(1.0).ahead_tokens == 200
 
@@ -95,6 +96,29 @@ def test_free_blocks_stay_within_the_pool() -> None:
     worker.on_status(status(num_free_blocks=7), 3.0)
     worker.release("a")
     assert worker.view(3.0).num_free_blocks == 8
+
+
+def test_of_the_free_blocks_a_router_takes_its_share() -> None:
+    worker = make("decode")
+    worker.on_status(status(num_free_blocks=10, share=0.5), 1.0)
+    assert worker.view(1.0).num_free_blocks == 5
+
+
+def test_a_request_is_alone_on_a_worker_where_other_routers_have_none_either() -> None:
+    worker = make("decode")
+    worker.bind("a", RequestLoad(0, 1, 4, at_s=0.5))
+    worker.on_status(status(num_running=1), 1.0)
+    assert worker.has_only("a") and not worker.has_only("b")
+    worker.on_status(status(num_running=2), 2.0)
+    assert not worker.has_only("a")
+
+
+@pytest.mark.parametrize("held", ["num_running", "num_waiting", "num_granted_blocks"])
+def test_a_worker_that_holds_anything_is_not_idle(held: str) -> None:
+    worker = make("decode")
+    assert worker.is_idle
+    worker.on_status(status(**{held: 1}), 1.0)
+    assert not worker.is_idle
 
 
 def test_the_context_of_a_request_goes_with_it() -> None:
@@ -173,6 +197,23 @@ def test_small_steps_do_not_make_the_limit_shorter_than_a_large_one_needs() -> N
     worker.on_status(status(steps=2, step_tokens=1, step_s=0.01), 2.0)
     worker.on_status(status(steps=2, num_running=1, busy_for_s=9.0), 3.0)
     assert worker.hang(3.0) is None
+
+
+def test_of_steps_of_one_size_the_latest_sets_the_limit() -> None:
+    worker = make()
+    worker.on_status(status(steps=1, step_tokens=64, step_s=0.1), 1.0)
+    worker.on_status(status(steps=2, step_tokens=64, step_s=2.0), 2.0)
+    worker.on_status(status(steps=2, num_running=1, busy_for_s=9.0), 3.0)
+    assert worker.hang(3.0) is None
+
+
+def test_a_step_that_waited_for_something_else_counts_from_its_own_beginning() -> None:
+    worker = make()
+    worker.on_status(status(steps=5, step_tokens=64, step_s=0.1), 1.0)
+    for second in range(2, 11):
+        worker.on_status(status(steps=5, num_waiting=1), float(second))
+    worker.on_status(status(steps=5, num_running=1, busy_for_s=0.5), 11.0)
+    assert worker.hang(11.0) is None
 
 
 def test_the_first_step_may_take_long() -> None:
@@ -270,11 +311,31 @@ def test_what_was_predicted_of_a_session_ends_with_it() -> None:
     assert not pools.predictor.is_known(1)
 
 
+def test_what_a_session_held_is_forgotten_with_it() -> None:
+    pools, link = Pools(), Link("d-0", 1)
+    pools.join(link, hello("d-0", "decode"), 0.0)
+    pools.prefix_index.on_change(1, CacheChange(0, stored=bytes(16)))
+    assert pools.prefix_index.num_blocks(1) == 1
+    pools.leave(link)
+    assert pools.prefix_index.num_blocks(1) == 0
+
+
+def test_a_pair_that_fails_again_and_again_is_tried_every_half_minute() -> None:
+    pools = Pools()
+    p = pools.join(Link("p-0", 1), hello("p-0", "prefill"), 0.0)
+    d = pools.join(Link("d-0", 2), hello("d-0", "decode"), 0.0)
+    for _ in range(20):
+        pools.on_handoff(p, d, 0.0, failed=True)
+    assert pools.view(29.0).avoided_pairs and not pools.view(30.0).avoided_pairs
+
+
 def test_what_is_known_of_a_pair_ends_with_a_session() -> None:
     pools = Pools()
     p = pools.join(Link("p-0", 1), hello("p-0", "prefill"), 0.0)
     d = pools.join(Link("d-0", 2), hello("d-0", "decode"), 0.0)
     pools.on_handoff(p, d, 0.0, failed=True)
+    assert pools.view(0.1).avoided_pairs
     assert pools.leave(p.link) is p and pools.leave(p.link) is None
+    assert not pools.view(0.1).avoided_pairs
     pools.on_handoff(p, d, 0.0, failed=True)
     assert not pools.view(0.1).avoided_pairs

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.common.errors import InvalidTransition
+from kvferry.common.grammar import CheckedGrammar, Grammar
 from kvferry.common.request import SampledToken, SamplingParams, unpack_ids
 from kvferry.router.state.choice_state import MAX_EARLY_TOKENS, ChoiceState
 from kvferry.router.state.request import RequestStatus, RouterRequest
@@ -51,6 +52,15 @@ def test_every_edge_is_in_the_table_and_no_other(start: RequestStatus, to: Reque
         with pytest.raises(InvalidTransition, match=f"{start.name} -> {to.name}"):
             request.advance(to, 1.0)
         assert request.status is start
+
+
+def test_the_mask_of_first_tokens_is_of_no_answer_that_goes_on() -> None:
+    request = make()
+    assert request.first_mask == b""
+    request.grammar = CheckedGrammar(Grammar("json_object", b""), b"mask")
+    assert request.first_mask == b"mask"
+    request.choices[0].accept(update(0, 1))
+    assert request.first_mask == b""
 
 
 def test_the_phases_before_the_first_token_are_those_of_its_attempt() -> None:
@@ -105,6 +115,8 @@ def test_a_new_attempt_forgets_what_came_early() -> None:
     state.forget_early()
     state.accept(update(1, 2))
     assert ids(state) == [0, 1, 2] and state.finish is None
+    state.accept(update(3, 3))
+    assert ids(state) == [0, 1, 2, 3, 4, 5] and state.finish is None
 
 
 @pytest.mark.slow
