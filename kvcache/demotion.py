@@ -14,7 +14,7 @@ from __future__ import annotations
 from ..common.request import BlockId
 from .blocks import BlockPool
 from .copy_costs import CopyCosts
-from .tiers import Lookahead, TierIndex
+from .tiers import IDLE_WINDOW, Lookahead, TierIndex
 
 # More copies in a step keep more of what is evicted, and make the step, or the prompt behind it, wait for longer.
 _IDLE_COPY_S = 0.005  # a step of copies alone takes about so long: a prompt that comes meanwhile waits for it
@@ -22,7 +22,6 @@ _IDLE_COPIES = 16  # of such a step, until the cost of a copy is known
 _MIN_COPIES = 8  # of a step that computes, and beside these twice what its tokens can evict
 _USUAL_TOKENS = 16  # of a block that these two are right for: of longer ones, tens of megabytes each, as many tokens
 _MAX_COPIES = 1024  # of any step
-_IDLE_WINDOW = 2048  # blocks looked at when the engine gets idle: more are found, for a longer look with the lock held
 
 Copies = list[tuple[BlockId, int]]  # from a block to a slot
 
@@ -68,7 +67,7 @@ class Demotion:
         count = self._least(_IDLE_COPIES) if not block_s else max(1, int(_IDLE_COPY_S / block_s))
         window = self._window
         if host.num_free:
-            window, count = max(window, _IDLE_WINDOW), min(count, host.num_free)
+            window, count = max(window, IDLE_WINDOW), min(count, host.num_free)
         self._lookahead.look(pool.coldest(), window=window, version=pool.version, is_kept=host.__contains__)
         return self._copies(count if self._pays else 0)
 

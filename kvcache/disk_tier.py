@@ -20,10 +20,9 @@ import msgspec
 from ..common.clock import Clock
 from ..common.request import Sequence as TokenSequence
 from .copy_costs import smooth
-from .tiers import Lookahead, TierIndex, TierListener
+from .tiers import IDLE_WINDOW, Lookahead, TierIndex, TierListener
 
 _MAX_WRITES = 32  # under way: a slow disk keeps so many slots of host memory busy
-_IDLE_WINDOW = 2048  # blocks looked at when the engine gets idle: more are found, for a longer look with the lock held
 _MAX_WAIT_S = 1.0  # for a disk whose speed, or ours, is not known yet; longer risks a first token for a hit
 # So many failures in a row turn the disk off for so long: fewer and longer lose hits to a hiccup, more and shorter have
 # sequences wait for a disk that is broken.
@@ -229,7 +228,7 @@ class DiskTier:
         host, index = self.host, self.index
         window = min(host.num_slots, index.num_slots) // 2 - host.num_free
         if is_idle and index.num_free:
-            window = max(window, _IDLE_WINDOW)
+            window = max(window, IDLE_WINDOW)
             self._lookahead.look(host, window=window, version=host.version, is_kept=index.__contains__)
         for block_hash in self._lookahead.take(
             _MAX_WRITES - self._num_writes,

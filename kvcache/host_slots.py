@@ -87,30 +87,25 @@ class SwapPages:
         self._rows = self._pages.view(-1, *self._pages.shape[2:])
         self._thin_places = range(frames_of(spec).num_full)
         self._is_cuda = pages.is_cuda
-        self._slot_bytes = pages[:, 0].numel() * pages.element_size()
-        self._slots_of_piece = max(1, _PINNED_BYTES // self._slot_bytes) if self._is_cuda else max(1, num_slots)
+        self.slot_bytes = pages[:, 0].numel() * pages.element_size()
+        self._slots_of_piece = max(1, _PINNED_BYTES // self.slot_bytes) if self._is_cuda else max(1, num_slots)
         shape = (pages.shape[0], *pages.shape[2:])
         sizes = [min(self._slots_of_piece, num_slots - at) for at in range(0, num_slots, self._slots_of_piece)]
         try:  # on a CPU the kernel gives memory as slots are written to
             self._host = [torch.empty((n, *shape), dtype=self._pages.dtype, pin_memory=self._is_cuda) for n in sizes]
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(
-                f"--swap-space, --host-cache-memory-bytes: {num_slots * self._slot_bytes:,} bytes of host memory "
+                f"--swap-space, --host-cache-memory-bytes: {num_slots * self.slot_bytes:,} bytes of host memory "
                 f"cannot be had: {error}"
             ) from error
         self._bytes = [piece.view(torch.uint8).numpy().data.cast("B") for piece in self._host]
         self._times: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._copy_s = 0.0
 
-    @property
-    def slot_bytes(self) -> int:
-        """Return the size of one slot."""
-        return self._slot_bytes
-
     def slot(self, slot: int) -> memoryview:
         """Return a slot's bytes, from any thread. Whoever reads or writes them keeps copies off the slot meanwhile."""
         piece, place = divmod(slot, self._slots_of_piece)
-        return self._bytes[piece][place * self._slot_bytes : (place + 1) * self._slot_bytes]
+        return self._bytes[piece][place * self.slot_bytes : (place + 1) * self.slot_bytes]
 
     def _slot(self, slot: int) -> Tensor:
         piece, place = divmod(slot, self._slots_of_piece)

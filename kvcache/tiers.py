@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
+IDLE_WINDOW = 2048  # blocks looked at when the engine gets idle: more are found, for a longer look with the lock held
+
 
 class TierListener(Protocol):
     """A `TierListener` hears what a tier gains and loses."""

@@ -47,7 +47,7 @@ def _architecture(fields: ConfigFields) -> str:
         whole = name.removesuffix("Model") + "ForCausalLM"
         name = whole if whole in FAMILIES else name
     if name not in ARCHITECTURES:
-        known = f"{', '.join(ARCHITECTURES)}{nearest(name) if isinstance(name, str) else ''}"
+        known = f"{', '.join(ARCHITECTURES)}{nearest(name, ARCHITECTURES) if isinstance(name, str) else ''}"
         raise ConfigError(f"{fields.path}: architecture {name!r} is not supported; these are: {known}")
     return str(name)
 

@@ -267,7 +267,7 @@ class PrefillRole:
             num_waiting=scheduler.num_waiting,
             waiting_tokens=scheduler.waiting_tokens,
             num_granted_blocks=self._shipments.num_blocks,  # still being read
-            num_preemptions=scheduler.num_preemptions,
+            num_preemptions=0,  # a prompt that has begun is never preempted
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             stale_messages=self._tasks.stale_messages,

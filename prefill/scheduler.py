@@ -70,7 +70,6 @@ class PrefillScheduler:
         self.max_step_s = MAX_STEP_S
         self.reserve: Callable[[], int] = lambda: 0  # blocks that a prompt which starts must leave
         self._s_per_token, self._is_measured = _INITIAL_S_PER_TOKEN, False
-        self.num_preemptions = 0  # a prompt that has begun is never preempted
         self.prefix_queries = 0  # tokens
         self.prefix_hits = 0
 

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import blake2b
 from random import Random
 from typing import TYPE_CHECKING
@@ -169,14 +170,9 @@ def make_request(job: Job, max_tokens: int, block_tokens: int) -> SimRequest:
     return request
 
 
-_SAMPLINGS: dict[int, SamplingParams] = {}
-
-
+@cache
 def _sampling(max_tokens: int) -> SamplingParams:
-    known = _SAMPLINGS.get(max_tokens)
-    if known is None:
-        known = _SAMPLINGS[max_tokens] = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    return known
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
 
 def any_repeats(rows: Iterable[TraceRow]) -> bool:

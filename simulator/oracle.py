@@ -45,7 +45,7 @@ def bound(scenario: Scenario, *, share: float = 0.9) -> Bound:
     if not rows:
         raise ConfigError(f"the trace's prompts are all too long for the model's {fleet.max_model_len:,} tokens")
     cached = infinite_cache(rows)
-    block_tokens = fleet.block_tokens or (rows[0].block_tokens if rows[0].block_ids else 64)
+    block_tokens = fleet.block_tokens_of(rows[0])
     num_blocks, kv = fleet.blocks(block_tokens), kv_spec(fleet.shape, block_tokens)
     costs = []
     for row, hit in zip(rows, cached, strict=True):

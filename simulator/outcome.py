@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from ..tools.load.stats import Distribution, describe
+from ..tools.load.stats import Distribution, describe, describe_ms
 from .lengths import TOO_LONG
 from .scenario import Failure, Goals
 
@@ -127,20 +126,16 @@ class Outcome:
 
     @property
     def ttft_ms(self) -> Distribution:
-        return describe(r.ttft_s * 1e3 for r in self.requests if r.ttft_s is not None and not r.is_embedding)
+        return describe_ms(request.ttft_s for request in self.requests if not request.is_embedding)
 
     @property
     def embedding_ms(self) -> Distribution:
-        return describe(r.ttft_s * 1e3 for r in self.requests if r.ttft_s is not None and r.is_embedding)
+        return describe_ms(request.ttft_s for request in self.requests if request.is_embedding)
 
     @property
     def tpot_ms(self) -> Distribution:
-        return describe(r.tpot_s * 1e3 for r in self.requests if r.tpot_s is not None)
+        return describe_ms(request.tpot_s for request in self.requests)
 
     @property
     def queue(self) -> Distribution:
         return describe(float(sample.num_queued) for sample in self.fleet)
-
-    def between(self, begin_s: float, end_s: float) -> Sequence[RequestOutcome]:
-        """Return the requests that arrived between two times."""
-        return [request for request in self.requests if begin_s <= request.arrival_s < end_s]

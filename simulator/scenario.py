@@ -19,7 +19,7 @@ from ..sizing.shapes import ModelShape, model_named
 from ..sizing.steps import Roofline, StepModel
 from ..tools.load.traces import TraceRow
 from ..wire.fields import Labels
-from .costs.network import Link, Network
+from .costs.network import LATENCY_S, Link, Network
 
 PolicyMaker = Callable[[RouterConfig, Predictor], RoutingPolicy]
 
@@ -118,8 +118,7 @@ class Fleet:
     has_objective: bool = True  # decode workers pace local prompts by the scenario's; False: by what waits
     can_change_role: bool = True
     prefix_caching: bool | None = None  # None: where some prefix comes twice
-    # RDMA at 80 % of the port; the end of a shipment costs a post, a completion and a notification.
-    network: Network = Network(Link(40e9, 0.0005))
+    network: Network = Network(Link(40e9, LATENCY_S))  # RDMA at 80 % of the port
     labels: Callable[[int], Labels] | None = field(default=None, compare=False)  # of the worker of a number
     token_bytes: int | None = None  # of KV on the wire; None: the model's
     adapters: Adapters = Adapters(0)
@@ -141,6 +140,10 @@ class Fleet:
         if self.steps is not None:
             return self.steps
         return Roofline(self.hardware, self.shape, self.gpus_per_worker)
+
+    def block_tokens_of(self, row: TraceRow) -> int:
+        """Return the tokens of a block, where the trace's requests are as this one."""
+        return self.block_tokens or (row.block_tokens if row.block_ids else 64)
 
     def blocks(self, block_tokens: int) -> int:
         """Return the blocks of one worker. Raises ConfigError where nothing tells them, or they are too many."""

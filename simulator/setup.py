@@ -89,7 +89,9 @@ def worker_spec(scenario: Scenario, block_tokens: int, hashed: bool) -> WorkerSp
 
 
 def unloaded_s(spec: WorkerSpec, num_tokens: int) -> float:
-    """Chunks of the largest step, one after another."""
+    """Return the time from an empty prefill worker's receipt of a prompt to its first token (seconds): chunks of the
+    largest step, one after another.
+    """
     total_s, done = 0.0, 0
     while done < num_tokens:
         chunk = min(spec.fleet.prefill_tokens, num_tokens - done)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from ..common.config import CACHE_VARIABLE, environment
 from ..common.errors import ConfigError
+from ..models.default import cache_dir
 
 SAMPLES = Path(__file__).resolve().parent / "traces"  # the beginnings of these traces
-
 
 Download = Callable[[str], bytes]
 
@@ -64,11 +64,11 @@ def trace_path(trace: str) -> Path:
     if trace.startswith("sample:"):
         return SAMPLES / _source(trace.removeprefix("sample:")).sample
     if trace not in SOURCES:
-        path = Path(trace)
-        if not path.exists():
+        path = os.path.expanduser(trace)
+        if not os.path.exists(path):  # pathlib's own raises where a name is too long
             raise ConfigError(f"trace {trace}: neither a file nor one of {', '.join(SOURCES)}")
-        return path
-    return fetch(trace, _cache_dir())
+        return Path(path)
+    return fetch(trace, cache_dir() / "traces")
 
 
 def _source(name: str) -> Source:
@@ -76,11 +76,6 @@ def _source(name: str) -> Source:
         return SOURCES[name]
     except KeyError:
         raise ConfigError(f"trace {name}: known are {', '.join(SOURCES)}") from None
-
-
-def _cache_dir() -> Path:
-    own = environment().get(CACHE_VARIABLE)
-    return Path(own) / "traces" if own else Path.home() / ".cache" / "kvferry" / "traces"
 
 
 def fetch(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import count, pairwise
+from itertools import chain, count, groupby, pairwise, zip_longest
 from math import cos, pi
 from random import Random
 
@@ -20,12 +20,12 @@ _LONGEST_S = 31 * _DAY_S  # of virtual time: an hour of a core for the smallest 
 
 @lru_cache(maxsize=8)
 def _read(trace: str) -> tuple[TraceRow, ...]:
-    return _spread(tuple(read_trace(trace_path(trace))))
+    return spread_ticks(read_trace(trace_path(trace)))
 
 
 def rows_of(traffic: Traffic) -> tuple[TraceRow, ...]:
     """The part of the trace that is used, from 0 s on."""
-    rows = _read(traffic.trace) if isinstance(traffic.trace, str) else _spread(traffic.trace)
+    rows = _read(traffic.trace) if isinstance(traffic.trace, str) else spread_ticks(traffic.trace)
     if not rows:
         raise ConfigError("the trace has no requests")
     if traffic.part != "whole":
@@ -39,21 +39,21 @@ def rows_of(traffic: Traffic) -> tuple[TraceRow, ...]:
     return rows
 
 
-def _spread(rows: tuple[TraceRow, ...]) -> tuple[TraceRow, ...]:
+def spread_ticks(rows: Sequence[TraceRow], *, last_too: bool = False) -> tuple[TraceRow, ...]:
     """Spread the arrivals of one tick of the recording's clock (Mooncake's ticks every three seconds) evenly at random
-    until the next one, in the recorded order: they did not all come at its beginning."""
-    random, spread, first = Random(0), list[TraceRow](), 0
-    for index in range(1, len(rows) + 1):
-        if index < len(rows) and rows[index].arrival_s == rows[first].arrival_s:
-            continue
-        begin_s, count_here = rows[first].arrival_s, index - first
-        end_s = rows[index].arrival_s if index < len(rows) else begin_s
-        offsets = sorted(random.random() for _ in range(count_here)) if count_here > 1 else [0.0]
-        spread += [
-            replace(row, arrival_s=begin_s + offset * (end_s - begin_s))
-            for row, offset in zip(rows[first:index], offsets, strict=True)
-        ]
-        first = index
+    until the next one, in the recorded order: they did not all come at its beginning. `last_too`: those of the last
+    tick as well, which is as long as the one before.
+    """
+    random, spread, length_s = Random(0), list[TraceRow](), 0.0
+    ticks = [list(tick) for _, tick in groupby(rows, key=lambda row: row.arrival_s)]
+    for tick, following in zip_longest(ticks, ticks[1:]):
+        begin_s = tick[0].arrival_s
+        if following:
+            length_s = following[0].arrival_s - begin_s
+        elif not last_too:
+            length_s = 0.0
+        offsets = sorted(random.random() for _ in tick) if len(tick) > 1 else [0.0]
+        spread += [replace(row, arrival_s=begin_s + at * length_s) for row, at in zip(tick, offsets, strict=True)]
     return tuple(spread)
 
 
@@ -116,8 +116,8 @@ def _recorded(rows: tuple[TraceRow, ...], stretch: float) -> Iterator[float]:
 
 def _repeated(rows: tuple[TraceRow, ...]) -> Iterator[TraceRow]:
     """Round after round, the prefixes of each being other ones."""
-    least = min((min(row.block_ids, default=0) for row in rows), default=0)
-    num_ids = 1 + max((max(row.block_ids, default=0) for row in rows), default=0) - min(0, least)
+    ids = {0, *chain.from_iterable(row.block_ids for row in rows)}
+    num_ids = 1 + max(ids) - min(ids)
     yield from rows
     for number in count(1):
         for row in rows:

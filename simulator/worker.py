@@ -145,13 +145,12 @@ class SimWorker:
             self.announce()  # an idle worker is not looked at more often
         self.world.kernel.after(TICK_S if self._was_busy else TICK_S * IDLE_TICKS, self._tick, version)
 
-    def kill(self) -> None:
-        """End the worker: what it has streamed is with the router, everything else is lost."""
+    def flush(self) -> None:
+        """Tell what it has streamed: a worker that is killed loses everything else."""
         self.engine.split()
         held = self._held.flush()
         if held is not None:
             self._tell(held)
-        self.is_dead = self.engine.is_dead = True
 
     # --- the router ---------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ Router and workers talk through the kernel with a constant delay. A worker that 
 
 from __future__ import annotations
 
+from functools import cache, partial
 from random import Random
 from time import process_time
 
@@ -44,19 +45,19 @@ class World:
         self.kernel = Kernel()
         rows = rows_of(scenario.traffic)
         hashed = scenario.fleet.prefix_caching
-        self._hashed = any_repeats(rows) if hashed is None else hashed
-        default_tokens = rows[0].block_tokens if rows[0].block_ids else 64
-        self.block_tokens = scenario.fleet.block_tokens or default_tokens
-        self.spec = worker_spec(scenario, self.block_tokens, self._hashed)
+        block_tokens = scenario.fleet.block_tokens_of(rows[0])
+        self.spec = worker_spec(scenario, block_tokens, any_repeats(rows) if hashed is None else hashed)
         self._arrivals = arrivals(scenario.traffic)
         self._adapters = AdapterChoice(scenario.fleet.adapters, scenario.traffic.seed)
         self.jobs: dict[str, Job] = {}
-        self.contents = JobContents(self.jobs, self.block_tokens)
+        self.contents = JobContents(self.jobs, block_tokens)
         self._num_arrived = 0
         self._is_over = False  # the last one has come
         self._last_arrival_s = 0.0
         self._idle_failures = list(scenario.failures)
-        self.recorder = Recorder(scenario, self.kernel, unloaded_s=self.unloaded_s, on_closed=self.forget)
+        self.recorder = Recorder(
+            scenario, self.kernel, unloaded_s=cache(partial(unloaded_s, self.spec)), on_closed=self.forget
+        )
         predictor = Predictor()
         config = router_config(scenario)
         maker = scenario.router.make_policy or make_policy
@@ -72,7 +73,6 @@ class World:
         self._lives: dict[str, int] = {}
         self.workers: dict[str, SimWorker] = {}
         self._addresses: dict[str, SimWorker] = {}  # of the same workers
-        self._unloaded: dict[int, float] = {}
         fleet = scenario.fleet
         for index in range(fleet.prefill):
             self.start(f"prefill-{index}", "prefill")
@@ -95,8 +95,8 @@ class World:
         """A new life of a worker."""
         life = self._lives[worker_id] = self._lives.get(worker_id, 0) + 1
         labels = self.scenario.fleet.labels
-        number = len(self._lives) - 1
-        worker = SimWorker(self, self.spec, worker_id, role, life, labels(number) if labels is not None else ())
+        own = labels(list(self._lives).index(worker_id)) if labels is not None else ()
+        worker = SimWorker(self, self.spec, worker_id, role, life, own)
         self.workers[worker_id] = self._addresses[worker.address] = worker
         worker.start()
         return worker
@@ -134,10 +134,11 @@ class World:
         worker = self.workers.get(worker_id)
         if worker is None:
             return False
-        worker.kill()
+        worker.flush()
         self._end(worker, "connection lost")
         if back_after_s is not None:
-            self.kernel.after(back_after_s, self.start, worker_id, worker.role)
+            # Not before its session has ended.
+            self.kernel.after(max(back_after_s, self.scenario.message_s), self.start, worker_id, worker.role)
         return True
 
     def _fail(self, failure: Failure) -> None:
@@ -185,8 +186,8 @@ class World:
         self.recorder.turn_away(number, time_s, row)
 
     def _job_of(self, number: int, time_s: float, row: TraceRow, adapter: AdapterUse | None) -> Job:
-        fitting = cut(row, self.spec.fleet.max_model_len)
-        job = make_job(number, fitting, time_s, self.block_tokens, hashed=self._hashed, adapter=adapter)
+        fitting, spec = cut(row, self.spec.fleet.max_model_len), self.spec
+        job = make_job(number, fitting, time_s, spec.kv.block_size, hashed=spec.prefix_caching, adapter=adapter)
         job.is_cut = fitting is not row
         self.jobs[job.request_id] = job
         return job
@@ -196,7 +197,7 @@ class World:
         most = self.scenario.max_tokens
         if job.num_output_tokens:  # a client that says nothing is allowed what there is room for
             most = min(most, self.spec.fleet.max_model_len - job.num_prompt_tokens)
-        request = make_request(job, most, self.block_tokens)
+        request = make_request(job, most, self.spec.kv.block_size)
         self.recorder.open(job, request)
         began_s = process_time()
         try:
@@ -208,13 +209,6 @@ class World:
     def forget(self, job: Job) -> None:
         """Forget a job that has ended. Workers may still hear of it for a moment."""
         self.kernel.after(10.0, self.jobs.pop, job.request_id)
-
-    def unloaded_s(self, num_tokens: int) -> float:
-        """Return the time from an empty prefill worker's receipt of a prompt to its first token (seconds)."""
-        known = self._unloaded.get(num_tokens)
-        if known is None:
-            known = self._unloaded[num_tokens] = unloaded_s(self.spec, num_tokens)
-        return known
 
     # --- the run --------------------------------------------------------------------------------------------
 

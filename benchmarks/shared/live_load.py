@@ -11,17 +11,16 @@ A request that the router refused (429, 503) is not good, and is no failure: nob
 from __future__ import annotations
 
 import argparse
-import random
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
 from pathlib import Path
 from statistics import median
 
 from kvferry.common.errors import ConfigError
 from kvferry.models.default import default_model_dir
 from kvferry.simulator.sources import trace_path
+from kvferry.simulator.traffic import spread_ticks
 from kvferry.tools.chaos.serve_system import System
 from kvferry.tools.load.arguments import positive_float, positive_int
 from kvferry.tools.load.endpoint import Endpoint, RequestRecord
@@ -167,24 +166,7 @@ async def _send_checked(endpoint: Endpoint, prompts: PromptSource, length: int) 
 def read_rows(flags: argparse.Namespace) -> list[TraceRow]:
     """Read the trace, as `add_load_flags` has it."""
     rows = read_trace(trace_path(flags.trace), length_scale=flags.length_scale)
-    return spread_ticks(rows) if flags.spread else rows
-
-
-def spread_ticks(rows: Sequence[TraceRow]) -> list[TraceRow]:
-    """Rows that carry the same time come at random times up to the next one's: a recorder's tick is no burst of users.
-
-    The Mooncake trace is recorded in steps of three seconds.
-    """
-    dice = random.Random(0)
-    ticks = [list(group) for _, group in groupby(rows, key=lambda row: row.arrival_s)]
-    spread: list[TraceRow] = []
-    length_s = 0.0
-    for tick, following in zip_longest(ticks, ticks[1:]):
-        begin_s = tick[0].arrival_s
-        length_s = following[0].arrival_s - begin_s if following else length_s
-        times = sorted(begin_s + dice.random() * length_s for _ in tick) if len(tick) > 1 else [begin_s]
-        spread += [replace(row, arrival_s=at_s) for row, at_s in zip(tick, times, strict=True)]
-    return spread
+    return list(spread_ticks(rows, last_too=True)) if flags.spread else rows
 
 
 def rows_at_rate(rows: Sequence[TraceRow], rate_per_s: float, seconds: float, *, skip: int = 0) -> list[TraceRow]:

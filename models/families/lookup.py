@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .nested import NESTED
 from .table import FAMILIES
@@ -36,9 +36,9 @@ def _of_today(name: object) -> object:
     return _EARLIER_NAMES.get(name, name) if isinstance(name, str) else name
 
 
-def nearest(name: str) -> str:
-    """Tell the known architecture whose name is most like another's, behind a list of all; nothing where none is."""
-    stems = {_stem(known): known for known in reversed(ARCHITECTURES)}
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Tell the known name that is most like another, behind a list of all; nothing where none is."""
+    stems = {_stem(each): each for each in reversed(tuple(known))}
     found = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=_ALIKE)
     return f"; the nearest is {stems[found[0]]}" if found else ""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
-from .architectures.lookup import nearest
+from ..families.lookup import nearest
 from .fields import GgufFields
 from .merges import Pairs, byte_pairs, read_merges
 from .sentence_pieces import pieces, pieces_tokenizer

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-import msgspec
 from pydantic import ValidationError
 
 from ...common.config import Dtype, EngineConfig, ExpertExchange, KVCacheDtype, QuantizationName
@@ -25,11 +24,11 @@ from ...sizing.cpu_rates import CpuRates
 from ...sizing.figures import Sizer
 from ...sizing.hardware import CPU, GPUS, Gpu, gpu_named, measured_cpu, probed_cpu
 from ...sizing.memory import GPU_BATCHED_TOKENS, block_tokens, check_cache_dtype, check_latent_dtype
-from ...tools.load.arguments import positive_float
-from ..costs.network import Link, Network
+from ...tools.load.arguments import named_path, positive_float
+from ..costs.measured import read_json
+from ..costs.network import LATENCY_S, Link, Network
 from ..scenario import Fleet
 
-_LINK_LATENCY_S = 0.0005  # as of the simulator's network
 _LINK_SHARE = 0.8  # of a port's published rate that RDMA reaches
 _MOST_MEMORY_GB = 1e6  # of a GPU or a machine: there is none with so much
 _CPU_BATCHED_TOKENS = 512  # as a worker's default on a CPU
@@ -124,10 +123,7 @@ def _probed(options: argparse.Namespace) -> Gpu:
 
 
 def _read_rates(path: Path) -> CpuRates:
-    try:
-        rates = msgspec.json.decode(path.read_bytes(), type=CpuRates)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"cpu_rates: {path}: {error}") from error
+    rates = read_json("cpu_rates", path, CpuRates)
     if not rates.check():
         raise ConfigError(f"cpu_rates: {path}: no machine's")
     return rates
@@ -161,7 +157,7 @@ def fleet_of(sizer: Sizer, link: float) -> Fleet:
         max_model_len=model.longest_model_len,
         prefill_tokens=batched_tokens(sizer.gpu, "prefill"),
         decode_tokens=batched_tokens(sizer.gpu, "decode"),
-        network=Network(Link(link * engine.tensor_parallel_size, _LINK_LATENCY_S)),
+        network=Network(Link(link * engine.tensor_parallel_size, LATENCY_S)),
     )
 
 
@@ -169,7 +165,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say how a checkpoint is served, and on what, beside --gpu and the number of GPUs."""
     group.add_argument("--revision", help="of a model of the hub")
     group.add_argument("--enable-expert-parallel", action="store_true", help="each rank has whole experts")
-    group.add_argument("--expert-plan", type=Path, metavar="FILE", help="which ones (kvferry experts plan)")
+    group.add_argument("--expert-plan", type=named_path, metavar="FILE", help="which ones (kvferry experts plan)")
     group.add_argument("--expert-exchange", choices=get_args(ExpertExchange), default="sum", help="as of serve")
     group.add_argument("--quantization", choices=get_args(QuantizationName), help="as of serve")
     group.add_argument("--dtype", choices=get_args(Dtype), default="auto")
@@ -177,6 +173,8 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpu-memory-utilization", type=positive_float, default=0.9, metavar="X")
     group.add_argument("--memory-gb", type=positive_float, metavar="X", help="of a GPU, 10^9 bytes; default: published")
     group.add_argument("--memory-gb-per-s", type=positive_float, metavar="X", help="that it reads; default: published")
-    group.add_argument("--cpu-rates", type=Path, metavar="FILE", help="of each part of a step, instead of these two")
+    group.add_argument(
+        "--cpu-rates", type=named_path, metavar="FILE", help="of each part of a step, instead of these two"
+    )
     group.add_argument("--tflops", type=positive_float, metavar="X", help="dense, bfloat16; default: published")
     group.add_argument("--link-gb-per-s", type=positive_float, metavar="X", help="of a rank; default: 0.8 of its port")

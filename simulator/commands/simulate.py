@@ -34,9 +34,9 @@ from .simulate_report import Run, plot_runs, print_runs, save_runs
 
 __all__ = ["main", "make_parser", "scenario_of"]  # the first two are what a program has
 
-# Of what a run sets aside memory for, by flag: more is no fleet, and no machine simulates it.
-_MOST = {"prefill": 10**5, "decode": 10**5, "tensor_parallel_size": 1024, "adapters": 10**6, "requests": 10**7}
-_MOST_LENGTH_SCALE = 1e6
+# Of what a run sets aside memory or time for, by flag: more is no fleet, and no machine simulates it.
+_MOST: dict[str, float] = {"prefill": 10**5, "decode": 10**5, "tensor_parallel_size": 1024, "adapters": 10**6}
+_MOST |= {"requests": 10**7, "spare_workers": 10**4, "length_scale": 1e6}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def _colocated(scenario: Scenario) -> Scenario:
     if scaled is not None:
         none = scaled.config.model_copy(update={"prefill": PoolBounds(at_least=0, at_most=0)})
         scaled = replace(scaled, config=none)
-    return replace(scenario, fleet=replace(fleet, prefill=0, decode=fleet.prefill + fleet.decode), scaled=scaled)
+    return replace(scenario, fleet=replace(fleet, prefill=0, decode=fleet.num_workers), scaled=scaled)
 
 
 def _check_failures(policy: str, scenario: Scenario) -> None:
@@ -114,7 +114,7 @@ def _check_failures(policy: str, scenario: Scenario) -> None:
 
 
 def scenario_of(options: argparse.Namespace) -> Scenario:
-    for name, most in (*_MOST.items(), ("length_scale", _MOST_LENGTH_SCALE)):
+    for name, most in _MOST.items():
         if (value := getattr(options, name)) is not None and value > most:
             raise ConfigError(f"{name}: {value:,} is more than {most:,}")
     check_needs(options)

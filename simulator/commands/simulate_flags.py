@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 from ...common.errors import ConfigError
 from ...sizing.hardware import CPU, GPUS
 from ...sizing.shapes import MODELS
-from ...tools.load.arguments import Parser, multiple, natural, output_file, positive_float, positive_int, share
+from ...tools.load.arguments import (
+    Parser,
+    multiple,
+    named_path,
+    natural,
+    output_file,
+    positive_float,
+    positive_int,
+    share,
+    share_or_none,
+)
 from ..scenario import Failure, Spike
 from ..sources import SOURCES
 from .checkpoint import add_model_flags
@@ -81,7 +90,7 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--spike", type=_spike, action="append", default=[], metavar="AT:SECONDS:FACTOR")
     group.add_argument("--day-s", type=positive_float, help="a sinusoidal day of so many seconds")
     text = "of the requests that want their prompt's embedding instead of an answer"
-    group.add_argument("--embedding-share", type=float, default=0.0, metavar="X", help=text)
+    group.add_argument("--embedding-share", type=share_or_none, default=0.0, metavar="X", help=text)
     group.add_argument("--day-low", type=share, default=0.2, help="its lowest rate, as a share of the highest")
 
 
@@ -92,7 +101,9 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
     text = f"published figures: {', '.join(MODELS)}; or a checkpoint as of serve, whose config.json is enough"
     group.add_argument("--model", default="llama-3.1-70b", help=text)
     group.add_argument("--tensor-parallel-size", type=positive_int, default=4, help="GPUs of a worker")
-    group.add_argument("--steps", type=Path, metavar="FILE", help="samples of a live worker's steps, instead of a GPU")
+    group.add_argument(
+        "--steps", type=named_path, metavar="FILE", help="samples of a live worker's steps, instead of a GPU"
+    )
     group.add_argument("--no-noise", action="store_true", help="with --steps: every step takes what the fit says")
     group.add_argument("--num-blocks", type=positive_int, help="of a worker; default: what fits into its memory")
     group.add_argument("--block-size", type=positive_int, help="tokens; default: as states demand, the trace's, or 64")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BINS = 40
+_COLUMNS = (
+    *("good", "goodput/s", "refused", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"),
+    *("hits", "queue p99", "busy", "GPUs", "GPU-h", "USD"),
+)
 _CLOCK_PER_S = 1000.0  # ticks of Mooncake's clock, which tells no requests apart that come more often
 
 Run = tuple[str, Scenario, Outcome]  # with a name
@@ -29,21 +33,7 @@ Run = tuple[str, Scenario, Outcome]  # with a name
 def print_runs(runs: Sequence[Run], console: Console) -> None:
     table = Table(title=in_words(runs[0][1], runs[0][2]), title_justify="left")
     table.add_column("")
-    for column in (
-        "good",
-        "goodput/s",
-        "refused",
-        "TTFT p50",
-        "p90",
-        "p99",
-        "TPOT p50",
-        "p90",
-        "p99",
-        "hits",
-        "queue p99",
-    ):
-        table.add_column(column, justify="right")
-    for column in ("busy", "GPUs", "GPU-h", "USD"):
+    for column in _COLUMNS:
         table.add_column(column, justify="right")
     for name, scenario, outcome in runs:
         table.add_row(name, *_cells(scenario, outcome))
@@ -94,7 +84,7 @@ def in_words(scenario: Scenario, outcome: Outcome) -> str:
 
 def _cells(scenario: Scenario, outcome: Outcome) -> list[str]:
     ttft, tpot, ended = outcome.ttft_ms, outcome.tpot_ms, outcome.ended
-    at_first = scenario.fleet.prefill + scenario.fleet.decode  # all that a run without a span of time has
+    at_first = scenario.fleet.num_workers  # all that a run without a span of time has
     gpus = max((f.num_prefill + f.num_decode for f in outcome.fleet), default=at_first) * scenario.fleet.gpus_per_worker
     return [
         f"{outcome.attainment:.1%}",

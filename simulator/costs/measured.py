@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+Kind = TypeVar("Kind")
 _NUM_PRICES = 6
 _OUTLIER = 3.0  # times the middle deviation
+_LEAST_STEP_S = 1e-9  # no step is shorter, and what is divided by one is finite
 
 
 class _File(msgspec.Struct):
@@ -34,19 +36,26 @@ class _File(msgspec.Struct):
 
 
 def read_samples(path: Path) -> list[StepSample]:
+    return read_json("steps", path, _File).samples
+
+
+def read_json(name: str, path: Path, kind: type[Kind]) -> Kind:
+    """Read a file that a flag of this name gives. Raises ConfigError."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_File).samples
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        raise ConfigError(f"{name}: {path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{name}: {path}: {error}") from error
 
 
 def fit(samples: Sequence[StepSample], *, noise: bool = True) -> Linear:
     """`noise`: also how far steps lie from the fit."""
     import numpy as np
 
-    usable = [sample for sample in samples if sample.step_s > 0 and (sample.prefill_tokens or sample.decode_rows)]
+    usable = [
+        sample for sample in samples if sample.step_s >= _LEAST_STEP_S and (sample.prefill_tokens or sample.decode_rows)
+    ]
     if len(usable) < 2 * _NUM_PRICES:
         raise ConfigError(f"{len(usable)} samples of steps are too few to fit {_NUM_PRICES} prices to")
     times = np.array([sample.step_s for sample in usable])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from ...wire.fields import Labels
 
+LATENCY_S = 0.0005  # by RDMA the end of a shipment costs a post, a completion and a notification
+
 
 @dataclass(slots=True, frozen=True)
 class Link:

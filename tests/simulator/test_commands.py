@@ -98,6 +98,7 @@ def test_what_is_no_spike_and_no_failure_is_refused_with_its_form(
         (["--tensor-parallel-size", "2000"], "tensor_parallel_size: 2,000 is more than 1,024"),
         (["--num-blocks", "1000000000"], "num_blocks: 1,000,000,000 is more than 10,000,000"),
         (["--requests", "1000000000"], "requests: 1,000,000,000 is more than 10,000,000"),
+        (["--autoscale", "4", "--spare-workers", "20000"], "spare_workers: 20,000 is more than 10,000"),
         (["--prefill", "200000"], "prefill: 200,000 is more than 100,000"),
         (["--length-scale", "1e23"], "length_scale: 1e+23 is more than 1,000,000.0"),
         (["--rate", "1e-9"], "rate: a request comes 8.07e+04 days after the first one; at most 31 are simulated"),
@@ -163,6 +164,25 @@ def test_times_in_another_unit_are_hinted_at(
     assert ("are they in the unit of its form (Mooncake's: milliseconds)?" in capsys.readouterr().out) is is_hinted
     assert main(["--trace", str(trace), "--rate", "2000"]) == 0
     assert "are they in the unit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--day-s", "1e-308"), ("--ttft-objective-ms", "1e-322"), ("--adapter-mb", "1e308"), ("--rate", "1e308")],
+)
+def test_a_number_that_no_arithmetic_bears_is_refused(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, "--adapters", "1", flag, value])
+    assert ended.value.code == 2
+    assert f"argument {flag}: {value} is not from" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_plot_is_made(tmp_path: Path) -> None:
+    plot = tmp_path / "new" / "runs.svg"
+    assert main([*SMALL, "--plot", str(plot)]) == 0
+    assert plot.exists()
 
 
 def test_a_file_that_cannot_be_written_costs_neither_the_others_nor_the_table(

@@ -197,6 +197,17 @@ def test_the_loss_of_a_worker_loses_no_request(worker: str) -> None:
     assert all(request.num_output_tokens > 0 for request in outcome.requests)
 
 
+def test_a_worker_that_is_back_at_once_is_where_it_was() -> None:
+    """It joins when its session has ended, and has the labels of its place in the fleet."""
+    scenario = replace(
+        azure(labels=lambda number: (("rack", str(number)),)), failures=(Failure("prefill-0", 2.5, 0.0),)
+    )
+    world, outcome = run(scenario)
+    assert outcome.ended == {"finished": 120} and not outcome.idle_failures
+    assert world.workers["prefill-0"].address == "prefill-0#2"
+    assert world.workers["prefill-0"].labels == (("rack", "0"),)
+
+
 def test_what_a_lost_worker_was_writing_into_is_fenced_before_it_is_used_again() -> None:
     scenario = replace(
         azure(rate_per_s=60.0, num_requests=150),
@@ -262,7 +273,8 @@ def test_a_spike_makes_arrivals_denser_for_its_time() -> None:
     scenario = azure(rate_per_s=5.0, num_requests=300)
     spiked = replace(scenario, traffic=replace(scenario.traffic, spikes=(Spike(5.0, 4.0, 10.0),)))
     plain, outcome = simulate(scenario), simulate(spiked)
-    assert len(outcome.between(6.0, 10.0)) > 3 * len(plain.between(6.0, 10.0))
+    dense, sparse = (sum(6.0 <= each.arrival_s < 10.0 for each in one.requests) for one in (outcome, plain))
+    assert dense > 3 * sparse
 
 
 def test_capacity_lies_between_a_rate_that_is_kept_and_one_that_is_not() -> None:

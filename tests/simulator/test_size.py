@@ -120,6 +120,7 @@ def test_where_no_model_is_named_the_built_in_one_is(capsys: pytest.CaptureFixtu
         (["--gpu", "H100", "--output-len", "99999"], "output_len: 99,999 tokens are more than the model's context has"),
         (["--gpu", "H100", "--cpu-rates", "/nowhere"], "cpu_rates: H100 is no CPU: leave them away"),
         (["--gpu", "cpu", "--cpu-rates", "/nowhere"], "memory_gb: say how much a CPU has"),
+        (["--gpu", "cpu", "--cpu-rates", "/", "--memory-gb", "9"], "cpu_rates: /: Is a directory\n"),
         (
             ["--gpu", "cpu", "--cpu-rates", "/nowhere", "--memory-gb", "9", "--tflops", "1"],
             "tflops: --cpu-rates say it",

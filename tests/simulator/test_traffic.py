@@ -13,7 +13,7 @@ from kvferry.simulator import Day, Spike, Traffic, sources
 from kvferry.simulator.adapters import adapter_use
 from kvferry.simulator.jobs import make_job
 from kvferry.simulator.oracle import bound, infinite_cache
-from kvferry.simulator.traffic import arrivals, mean_rate, rows_of
+from kvferry.simulator.traffic import arrivals, mean_rate, rows_of, spread_ticks
 from kvferry.tools.load.traces import TraceRow
 
 from .runs import azure, mooncake
@@ -62,8 +62,20 @@ def test_a_half_without_requests_is_said() -> None:
 
 
 def test_what_is_neither_a_name_nor_a_file_is_refused() -> None:
-    with pytest.raises(ConfigError, match="azure-2023-code"):
-        sources.trace_path("no-such-trace")
+    for name in ("no-such-trace", "x" * 300):  # no file system has names so long
+        with pytest.raises(ConfigError, match="azure-2023-code"):
+            sources.trace_path(name)
+
+
+def test_a_trace_may_lie_at_home_and_downloads_are_kept_with_what_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.csv").write_text("")
+    assert sources.trace_path("~/mine.csv") == tmp_path / "mine.csv"
+    monkeypatch.setattr(sources, "fetch", lambda name, folder: folder / name)
+    monkeypatch.setenv("KVFERRY_CACHE", "~/kept")
+    assert sources.trace_path("azure-2023-conv") == tmp_path / "kept" / "traces" / "azure-2023-conv"
 
 
 def test_recorded_arrivals_are_scaled_to_the_wished_rate() -> None:
@@ -82,6 +94,17 @@ def test_requests_of_one_tick_of_the_recording_are_spread_until_the_next() -> No
     times = [row.arrival_s for row in rows_of(Traffic(rows))]
     assert times == sorted(times) and len(set(times[:8])) == 8
     assert all(0 <= time_s < 3 for time_s in times[:4]) and all(3 <= time_s < 6 for time_s in times[4:8])
+
+
+def test_the_last_tick_is_spread_as_well_where_that_is_asked_for() -> None:
+    rows = [TraceRow(at_s, number, 1) for number, at_s in enumerate([0.0, 0.0, 0.0, 3.0, 6.0, 6.0])]
+    spread = spread_ticks(rows, last_too=True)
+    times = [row.arrival_s for row in spread]
+    assert [row.num_prompt_tokens for row in spread] == list(range(6))
+    assert times == sorted(times) and len(set(times)) == 6
+    assert all(0.0 <= at_s < 3.0 for at_s in times[:3]) and times[3] == 3.0
+    assert all(6.0 <= at_s < 9.0 for at_s in times[4:])
+    assert spread == spread_ticks(rows, last_too=True)
 
 
 def test_a_repeated_trace_shares_no_prefix_with_its_first_round() -> None:

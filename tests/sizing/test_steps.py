@@ -125,6 +125,8 @@ def test_samples_are_read_from_a_file(tmp_path: Path) -> None:
     assert read_samples(path) == [StepSample(0.01, 16, 128), StepSample(0.02, 0, 0, 4, 100)]
     with pytest.raises(ConfigError, match="too few"):
         fit(read_samples(path))
+    with pytest.raises(ConfigError, match=r"^0 samples of steps are too few"):
+        fit([StepSample(1e-320 * number, 16, 128) for number in range(40)])
     path.write_text("{}")
     with pytest.raises(ConfigError, match="samples"):
         read_samples(path)

@@ -42,6 +42,10 @@ class _Reader:
         """Return how to ask for more of an answer that goes on without its client; empty: nothing is known of one."""
         return self._surface.going_on
 
+    @property
+    def _is_streaming(self) -> bool:
+        return self._status == 200 and self._ask.is_stream
+
     def begin_again(self) -> None:
         """The connection has ended; what comes by another goes on behind the last whole event."""
         self.last_event = self._splitter.last_id or self.last_event
@@ -53,7 +57,7 @@ class _Reader:
         self._status = head.status
 
     def on_body(self, data: bytes) -> None:
-        if self._status != 200 or not self._ask.is_stream:
+        if not self._is_streaming:
             self._body.append(data)
             return
         for event in self._splitter.push(data):
@@ -64,14 +68,16 @@ class _Reader:
 
     def finish(self) -> None:
         """The body is over."""
-        if self._status == 200 and not self._ask.is_stream:
+        if not self._is_streaming:
             self._take(b"".join(self._body))
-            if not self.has_ended and not self.going_on:
-                self._end(self._surface.end(self._now()))
-        elif self._status != 200:
-            self._take(b"".join(self._body))
-        if not self.has_ended and not self.going_on:
-            self.cut("ended in the middle" if self._status == 200 else f"status {self._status} without an error")
+        if self.has_ended or self.going_on:
+            return
+        if self._status != 200:
+            self.cut(f"status {self._status} without an error")
+        elif self._is_streaming:
+            self.cut("ended in the middle")
+        else:
+            self._end(self._surface.end(self._now()))
 
     def leave(self) -> None:
         self._end(Left(request=self._request, at_s=self._now()))

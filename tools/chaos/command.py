@@ -28,6 +28,7 @@ from rich.console import Console
 
 from ...common.errors import ConfigError
 from ...models.config import ModelConfig
+from ..load.delivery import deliver
 from ..load.environment import describe_environment
 from ..load.http_client import HttpError
 from ..load.json_file import save_json
@@ -63,16 +64,18 @@ def main(argv: list[str] | None = None) -> int:
         errors.print("kvferry chaos: interrupted, nothing is known", style="red")
         return 130
     title = options.title(found.num_routers)
-    print_tally(found, title, report_console())
-    if options.json_path is not None:
+
+    def save(path: Path) -> None:
         environment = describe_environment("kvferry chaos", argv)
-        save_json({"environment": asdict(environment), "run": title, **found.as_json()}, options.json_path)
+        save_json({"environment": asdict(environment), "run": title, **found.as_json()}, path)
+
+    code = deliver("kvferry chaos", [(options.json_path, save)], lambda: print_tally(found, title, report_console()))
     errors.print(f"logs of the system: {options.log_dir}", style="dim")
     if found.lack and not any(found.broken.values()):
         hint = f" (restarts that failed: {_RESTARTS_LOG} there)" if "restart" in options.blows else ""
         errors.print(f"kvferry chaos: the run shows nothing: {found.lack}{hint}", markup=False, style="red")
         return 2
-    return 0 if found.is_good else 1
+    return code or int(not found.is_good)
 
 
 def run(options: Options, console: Console) -> Tally:

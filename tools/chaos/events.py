@@ -176,6 +176,9 @@ class History:
             case _:
                 self.requests[event.request].add(event)
 
+    def disturbed(self) -> list[Request]:
+        return [request for request in self.requests.values() if not request.sent.is_reference]
+
     def references(self) -> dict[int, Request]:
         """Return, by ask, the requests that were answered undisturbed."""
         return {r.sent.ask: r for r in self.requests.values() if r.sent.is_reference and r.is_done}

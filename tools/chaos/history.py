@@ -222,29 +222,23 @@ def check_rows(answers: Iterable[Counted], notes: Iterable[Note]) -> list[Breach
 def judge_all(history: History) -> dict[int, Verdict]:
     """Judge every request that was sent while workers died."""
     references = history.references()
-    return {
-        number: judge(request, references.get(request.sent.ask))
-        for number, request in history.requests.items()
-        if not request.sent.is_reference
-    }
+    return {request.number: judge(request, references.get(request.sent.ask)) for request in history.disturbed()}
 
 
 def breaches_of(history: History) -> list[Breach]:
     found = [breach for verdict in judge_all(history).values() for breach in verdict.breaches]
-    disturbed = (request for request in history.requests.values() if not request.sent.is_reference)
-    return found + check_rows(filter(None, map(counted, disturbed)), history.notes)
+    return found + check_rows(filter(None, map(counted, history.disturbed())), history.notes)
 
 
 def num_compared(history: History) -> int:
     """Count the answers that have an undisturbed one to be held against."""
     references = history.references()
-    disturbed = (request for request in history.requests.values() if not request.sent.is_reference)
-    return sum(request.is_done and request.sent.ask in references for request in disturbed)
+    return sum(request.is_done and request.sent.ask in references for request in history.disturbed())
 
 
 def main(argv: Sequence[str]) -> int:
     """0: nothing was broken; 1: something was; 2: no file with the history of a run, or nothing to compare in it."""
-    if len(argv) != 1 or not Path(argv[0]).is_file():
+    if len(argv) != 1:
         print("usage: python -m kvferry.tools.chaos.history FILE", file=sys.stderr)
         return 2
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.errors import ConfigError
-from ..load.arguments import Parser, output_file, positive_float, positive_int, share_or_none, shell_words
+from ..load.arguments import Parser, named_path, output_file, positive_float, positive_int, share_or_none, shell_words
 from .requests import ASK_KINDS, Ask, plan_asks
 from .workers import KINDS, KNOWN_KINDS
 
@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Kill workers of a deployment of its own under load; exit code 1 if anything is lost or changed.",
     )
     add = parser.add_argument
-    add("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: a tiny random model)")
+    add("--model", type=named_path, metavar="DIR", help="Hugging Face directory (default: a tiny random model)")
     add("--experts", type=int, default=0, metavar="N", help="of the tiny model (default: none, at least 2)")
     add("--prefill", type=positive_int, default=2, metavar="N", help="prefill workers (default: %(default)s)")
     add("--decode", type=positive_int, default=2, metavar="N", help="decode workers (default: %(default)s)")
@@ -152,5 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--reference-flags", type=shell_words, metavar="FLAGS", help=flags)
     add("--json", type=output_file, metavar="FILE", help="write all figures here")
     add("--history", type=output_file, metavar="FILE", help="write every event here, a JSON line each")
-    add("--log-dir", type=Path, metavar="DIR", help="for the system's output (default: a new temporary directory)")
+    add(
+        "--log-dir", type=named_path, metavar="DIR", help="for the system's output (default: a new temporary directory)"
+    )
     return parser

@@ -109,12 +109,9 @@ class System:
         raise ConfigError(f"no line {event} of {worker_id} within {timeout_s:g} s")
 
     def _read_log(self) -> None:
-        with self.process.log_path.open("rb") as log:
-            log.seek(self._log_offset)
-            text = log.read()
-        whole = text.rfind(b"\n") + 1
-        self._log_offset += whole
-        self._lines += filter(None, map(parse_log_line, text[:whole].splitlines()))
+        text = whole_lines(self.process.log_path, self._log_offset)
+        self._log_offset += len(text)
+        self._lines += filter(None, map(parse_log_line, text.splitlines()))
 
     def program_pids(self, name: str) -> list[int]:
         """Return the processes that run now, of the worker with this id or of the routers, `router`."""
@@ -147,6 +144,14 @@ def parse_metrics(text: str) -> list[Sample]:
     """The samples of Prometheus' text format."""
     found = (_SAMPLE.match(line) for line in text.splitlines() if not line.startswith("#"))
     return [Sample(m[1], dict(_LABEL.findall(m[2] or "")), float(m[3])) for m in found if m is not None]
+
+
+def whole_lines(path: Path, offset: int) -> bytes:
+    """Return the lines that a log which grows has behind so many bytes, up to the last whole one."""
+    with path.open("rb") as log:
+        log.seek(offset)
+        text = log.read()
+    return text[: text.rfind(b"\n") + 1]
 
 
 def parse_log_line(line: bytes) -> LogLine | None:

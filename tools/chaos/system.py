@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..load.http_client import HttpClient
 from .events import Note
-from .serve_system import Sample, System, parse_log_line
+from .serve_system import Sample, System, parse_log_line, whole_lines
 
 _POLL_S = 0.05
 _KEPT = ("worker_joined", "worker_lost", "attempt_failed", "request_failed", "request_finished")
@@ -45,13 +45,10 @@ class LogTail:
 
     def read(self) -> None:
         """Tell what was written since."""
-        with self._path.open("rb") as log:
-            log.seek(self._offset)
-            text = log.read()
-        whole = text.rfind(b"\n") + 1
-        self._offset += whole
-        for line in text[:whole].splitlines():
-            parsed = parse_log_line(line) if line.startswith(b"{") else None
+        text = whole_lines(self._path, self._offset)
+        self._offset += len(text)
+        for line in text.splitlines():
+            parsed = parse_log_line(line)
             if parsed is None or parsed.event not in _KEPT:
                 continue
             fields = parsed.fields

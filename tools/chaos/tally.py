@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..load.report import milliseconds
-from ..load.stats import Distribution, describe
+from ..load.stats import Distribution, describe_ms
 from .events import Note, Request
-from .history import Breach, check_rows
+from .history import check_rows
 from .load import Result
 from .system import Books
 from .workers import Strike
@@ -138,28 +138,16 @@ def tally(
         num_restarts=max(0, num_joined - num_workers),
         num_failed_attempts=dict(Counter(str(note.detail.get("stage")) for note in failed)),
         num_resumed=len({note.answer_id for note in failed if note.detail.get("stage") == "decode"}),
-        gap_ms=_describe_ms(gap.gap_s for gap in by_kill),
-        recompute_ms=_describe_ms(gap.recompute_s for gap in by_kill),
-        net_gap_ms=_describe_ms(max(0.0, gap.gap_s - gap.recompute_s) for gap in by_kill),
-        hang_gap_ms=_describe_ms(gap.gap_s for gap in gaps if gap.kind not in _DEATHS),
-        death_notice_ms=_describe_ms(_notices(strikes, *_DEATHS)),
-        hang_notice_ms=_describe_ms(_notices(strikes, "hang")),
-        absence_ms=_describe_ms(s.absence_s for s in strikes if s.absence_s is not None),
+        gap_ms=describe_ms(gap.gap_s for gap in by_kill),
+        recompute_ms=describe_ms(gap.recompute_s for gap in by_kill),
+        net_gap_ms=describe_ms(max(0.0, gap.gap_s - gap.recompute_s) for gap in by_kill),
+        hang_gap_ms=describe_ms(gap.gap_s for gap in gaps if gap.kind not in _DEATHS),
+        death_notice_ms=describe_ms(strike.notice_s for strike in strikes if strike.kind in _DEATHS),
+        hang_notice_ms=describe_ms(strike.notice_s for strike in strikes if strike.kind == "hang"),
+        absence_ms=describe_ms(strike.absence_s for strike in strikes),
         failures=dict(Counter(result.failure for result in results if result.failure).most_common(_MAX_SHOWN)),
-        breaches=_words(breaches),
+        breaches=[str(breach) for breach in breaches[:_MAX_SHOWN]],
     )
-
-
-def _notices(strikes: Iterable[Strike], *kinds: str) -> list[float]:
-    return [strike.notice_s for strike in strikes if strike.kind in kinds and strike.notice_s is not None]
-
-
-def _describe_ms(seconds: Iterable[float]) -> Distribution:
-    return describe(value * 1e3 for value in seconds)
-
-
-def _words(breaches: Sequence[Breach]) -> list[str]:
-    return [str(breach) for breach in breaches[:_MAX_SHOWN]]
 
 
 @dataclass(slots=True, frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _MOST = 10**9  # of anything that is counted: more is a slip of the finger, and fits into no array
+_LEAST_NUMBER, _MOST_NUMBER = 1e-300, 1e300  # beyond these, sums in other units end at 0 or at infinity
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,9 +69,10 @@ def finite_float(text: str) -> float:
 
 def positive_float(text: str) -> float:
     """A number above 0, and not infinite."""
-    value = positive_or_infinite(text)
-    if math.isinf(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    positive_or_infinite(text)
+    value = finite_float(text)
+    if not _LEAST_NUMBER <= value <= _MOST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text} is not from {_LEAST_NUMBER:g} to {_MOST_NUMBER:g}")
     return value
 
 
@@ -106,6 +108,14 @@ def share(text: str) -> float:
     return value
 
 
+def named_path(text: str) -> Path:
+    """A file or folder, perhaps with `~`: shells leave that of `--json=~/x` as it is."""
+    found = os.path.expanduser(text)
+    if not text or found.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path on this machine")
+    return Path(found)
+
+
 def output_file(text: str) -> Path:
     """A file that can be written once there is something to write, which may be after an hour."""
     try:
@@ -115,7 +125,7 @@ def output_file(text: str) -> Path:
 
 
 def _writable(text: str) -> Path:
-    path = Path(text)
+    path = named_path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a directory")
     nearest = path if path.exists() else next(folder for folder in path.parents if folder.exists())

@@ -127,7 +127,7 @@ class CoreWatch:
         self._used_s.clear()
         self._start_s, self._start_busy_s = perf_counter(), _busy_s()
         self._start_children_s = _ended_children_s()
-        self._sample(is_first=True)
+        self.sample(is_first=True)
 
     async def keep_sampling(self, every_s: float = 2.0) -> None:
         """A process that ends between two samples loses what it used since the last one."""
@@ -135,11 +135,8 @@ class CoreWatch:
             await asyncio.sleep(every_s)
             self.sample()
 
-    def sample(self) -> None:
-        self._sample(is_first=False)
-
     def stop(self) -> CoreUse:
-        self._sample(is_first=False)
+        self.sample()
         elapsed_s = max(perf_counter() - self._start_s, 1e-9)
         used_s = {pid: last_s - first_s for pid, (first_s, last_s) in self._used_s.items()}
         client_s = used_s.pop(os.getpid()) + _ended_children_s() - self._start_children_s
@@ -147,7 +144,7 @@ class CoreWatch:
         foreign_s = max(0.0, _busy_s() - self._start_busy_s - client_s - server_s)
         return CoreUse(*(round(seconds / elapsed_s, 3) for seconds in (client_s, server_s, foreign_s)))
 
-    def _sample(self, *, is_first: bool) -> None:
+    def sample(self, *, is_first: bool = False) -> None:
         table = processes()
         for process in [table[os.getpid()], *process_tree(self._server_pids(), table)]:
             # A process that began during the phase counts from 0.

@@ -66,10 +66,15 @@ def _without_secrets(argv: Sequence[str]) -> list[str]:
     shown: list[str] = []
     for previous, word in zip(["", *argv], argv, strict=False):
         flag, _, value = word.partition("=")
-        if flag in _SECRET_FLAGS and value:
+        if value and _is_secret(flag):
             word = f"{flag}=***"
-        shown.append("***" if previous in _SECRET_FLAGS else word)
+        shown.append("***" if _is_secret(previous) else word)
     return shown
+
+
+def _is_secret(word: str) -> bool:
+    """Say whether a parser takes this for a flag of a secret: the beginning of its name is enough."""
+    return len(word) > len("--") and any(flag.startswith(word) for flag in _SECRET_FLAGS)
 
 
 def _git_commit() -> str | None:

@@ -10,7 +10,16 @@ from typing import get_args
 
 from ...common.config import API_KEY_VARIABLE, environment, keys_of
 from ...common.errors import ConfigError
-from .arguments import Parser, finite_float, natural, output_file, positive_float, positive_int, positive_or_infinite
+from .arguments import (
+    Parser,
+    finite_float,
+    named_path,
+    natural,
+    output_file,
+    positive_float,
+    positive_int,
+    positive_or_infinite,
+)
 from .endpoint import EndpointName
 from .plot import check_plot_path
 from .stats import Slo
@@ -174,7 +183,9 @@ def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
         metavar="TOKENS",
         help=f"max_tokens of each request (default: {_DEFAULT_OUTPUT_LEN})",
     )
-    group.add_argument("--trace", type=Path, metavar="FILE", help="lengths from a Mooncake .jsonl or Azure .csv trace")
+    group.add_argument(
+        "--trace", type=named_path, metavar="FILE", help="lengths from a Mooncake .jsonl or Azure .csv trace"
+    )
     group.add_argument(
         "--trace-scale",
         type=positive_float,

@@ -118,11 +118,11 @@ def summarize(records: Sequence[RequestRecord], *, duration_s: float, client_cpu
         num_short=sum(record.num_output_tokens < record.num_asked_tokens for record in ok),
         errors=_count_errors(record for record in records if not record.is_ok),
         duration_s=duration_s,
-        ttft_ms=_describe_ms(record.ttft_s for record in ok),
-        tpot_ms=_describe_ms(record.tpot_s for record in ok),
-        itl_ms=_describe_ms(gap for record in ok for gap in record.token_gaps_s()),
-        chunk_gap_ms=_describe_ms(gap for record in ok for gap in record.chunk_gaps_s()),
-        e2e_ms=_describe_ms(record.e2e_s for record in ok),
+        ttft_ms=describe_ms(record.ttft_s for record in ok),
+        tpot_ms=describe_ms(record.tpot_s for record in ok),
+        itl_ms=describe_ms(gap for record in ok for gap in record.token_gaps_s()),
+        chunk_gap_ms=describe_ms(gap for record in ok for gap in record.chunk_gaps_s()),
+        e2e_ms=describe_ms(record.e2e_s for record in ok),
         num_prompt_tokens=num_prompt_tokens,
         num_cached_tokens=sum(record.num_cached_tokens for record in ok),
         num_output_tokens=num_output_tokens,
@@ -135,7 +135,7 @@ def summarize(records: Sequence[RequestRecord], *, duration_s: float, client_cpu
         counted_by=dict(Counter(record.counted_by for record in ok)),
         num_ids_differ=sum(record.ids_differ for record in ok),
         num_resent=sum(record.num_resent > 0 for record in records),
-        late_ms=_describe_ms(record.late_s for record in records),
+        late_ms=describe_ms(record.late_s for record in records),
         client_cpu_s=client_cpu_s,
         client_cpu_us_per_token=client_cpu_s * 1e6 / num_output_tokens if num_output_tokens else None,
     )
@@ -157,5 +157,6 @@ def _common(words: Sequence[str]) -> str:
     return words[0] if len(set(words)) == 1 else "..."
 
 
-def _describe_ms(samples_s: Iterable[float | None]) -> Distribution:
+def describe_ms(samples_s: Iterable[float | None]) -> Distribution:
+    """Return the distribution of what there is, in milliseconds."""
     return describe(sample * 1e3 for sample in samples_s if sample is not None)

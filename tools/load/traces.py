@@ -23,6 +23,7 @@ MOONCAKE_BLOCK_TOKENS = 512
 _DAY_AND_TIME = re.compile(r"\s*(?P<whole>.*?)(?P<fraction>\.\d+)?(?P<zone>Z|[+-]\d\d:?\d\d)?\s*", re.ASCII)
 _MOST_DAYS = 366  # between two requests of a trace: more is a time in another unit, or none
 _DAY_S = 86400.0
+_MOST_TOKENS = 10**9  # of a prompt or an answer, as where a flag says how many
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -68,6 +69,9 @@ def read_trace(path: Path, *, length_scale: float = 1.0, rate_scale: float = 1.0
     rows = list(_read_mooncake(path, text) if text.lstrip().startswith("{") else _read_azure(path, text))
     if not rows:
         raise ConfigError(f"--trace {path}: no requests in it")
+    for count in (count for row in rows for count in (row.num_prompt_tokens, row.num_output_tokens)):
+        if not 0 <= count <= _MOST_TOKENS / length_scale:
+            raise ConfigError(f"--trace {path}: {count} tokens, times {length_scale:g}: 0 to {_MOST_TOKENS:,} are read")
     rows.sort(key=lambda row: row.arrival_s)
     start_s = rows[0].arrival_s
     days = (rows[-1].arrival_s - start_s) / _DAY_S

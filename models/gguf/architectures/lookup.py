@@ -8,16 +8,13 @@ experts, multiplies by factors beforehand, and leaves away what its own code kno
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from dataclasses import replace
 
+from ...families.lookup import nearest
 from .architecture import Architecture
 from .dense import DENSE
 from .sparse import MIXTRAL, WITH_EXPERTS
 from .stateful import WITH_STATES
-
-_ALIKE = 0.6  # of two names: difflib's own measure; below, names of strangers share as many letters
 
 ARCHITECTURES = DENSE | WITH_EXPERTS | WITH_STATES
 ARCHITECTURES |= {
@@ -45,9 +42,3 @@ def architecture(name: str, *, num_experts: int, window: int, has_sigmoid: bool)
         known = f"{', '.join(ARCHITECTURES)}{nearest(name, ARCHITECTURES)}"
         raise ValueError(f"its architecture is {name}; these are read: {known}")
     return found
-
-
-def nearest(name: str, known: Mapping[str, object]) -> str:
-    """Tell the known name that is most like another, behind a list of all; nothing where none is."""
-    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_ALIKE)
-    return f"; the nearest is {found[0]}" if found else ""

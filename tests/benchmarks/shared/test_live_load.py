@@ -1,6 +1,6 @@
 import pytest
 
-from kvferry.benchmarks.shared.live_load import Objectives, Unloaded, figures_of, plan_rows, rows_at_rate, spread_ticks
+from kvferry.benchmarks.shared.live_load import Objectives, Unloaded, figures_of, plan_rows, rows_at_rate
 from kvferry.common.errors import ConfigError
 from kvferry.tools.load.endpoint import RequestRecord
 from kvferry.tools.load.load import LoadResult
@@ -66,17 +66,6 @@ def test_rows_keep_their_pattern_at_another_rate() -> None:
 def test_rows_that_came_at_once_come_at_the_rate() -> None:
     cut = rows_at_rate([TraceRow(3.0, 10, 10)] * 4, rate_per_s=2.0, seconds=2.0)
     assert [row.arrival_s for row in cut] == [0.0, 0.5, 1.0, 1.5]
-
-
-def test_a_tick_of_the_recorders_clock_is_spread_over_the_tick() -> None:
-    rows = [TraceRow(at_s, number, 1) for number, at_s in enumerate([0.0, 0.0, 0.0, 3.0, 6.0, 6.0])]
-    spread = spread_ticks(rows)
-    times = [row.arrival_s for row in spread]
-    assert [row.num_prompt_tokens for row in spread] == list(range(6))
-    assert times == sorted(times) and len(set(times)) == 6
-    assert all(0.0 <= at_s < 3.0 for at_s in times[:3]) and times[3] == 3.0
-    assert all(6.0 <= at_s < 9.0 for at_s in times[4:])
-    assert spread == spread_ticks(rows)
 
 
 def test_a_trace_that_is_too_short_is_refused() -> None:

@@ -590,6 +590,16 @@ def test_the_exit_code_says_what_a_run_has_shown(
     assert chaos.main(["--log-dir", str(tmp_path)]) == code
 
 
+def test_figures_that_cannot_be_written_are_shown_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chaos, "run", lambda *_: _tally([_result(1, [1.0])]))
+    assert chaos.main(["--log-dir", str(tmp_path), "--json", "/dev/full"]) == 2
+    shown = capsys.readouterr()
+    assert "kvferry chaos: /dev/full cannot be written: No space left on device\n" in shown.err
+    assert "answers not byte-identical" in shown.out
+
+
 @pytest.mark.parametrize(
     ("verdict", "what"),
     [

@@ -241,3 +241,9 @@ def test_a_file_that_shows_nothing_is_no_verdict(
     file.write_bytes(b"".join(cut(list(map(encode_event, events)))))
     assert main([str(file)]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, why in ((tmp_path, "Is a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        assert main([str(file)]) == 2
+        assert f"cannot read {file}: {why}" in capsys.readouterr().err

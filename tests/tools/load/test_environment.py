@@ -27,7 +27,8 @@ def test_record_names_machine_version_and_command() -> None:
 
 
 def test_api_key_is_not_in_the_record() -> None:
-    for argv in (["--api-key", "secret", "--seed", "1"], ["--api-key=secret", "--seed", "1"]):
+    for words in (["--api-key", "secret"], ["--api-key=secret"], ["--api", "secret"], ["--api-k=secret"]):
+        argv = [*words, "--seed", "1"]
         command = describe_environment("kvferry bench", argv).command
         assert "secret" not in command
         assert "***" in command

@@ -18,6 +18,8 @@ def test_a_file_is_replaced_whole_and_its_folder_made(tmp_path: Path) -> None:
         save_json(body, path)
         assert json.loads(path.read_text()) == body
     assert os.listdir(path.parent) == ["figures.json"]
+    write_whole(b"drawn", tmp_path / "other" / "figures.svg")
+    assert (tmp_path / "other" / "figures.svg").read_bytes() == b"drawn"
 
 
 def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:

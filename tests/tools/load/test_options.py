@@ -14,6 +14,8 @@ from kvferry.tools.load.options import parse_options
         (("--trace-scale", "inf"), "argument --trace-scale: inf is not finite"),
         (("--trace-scale", "nan"), "argument --trace-scale: nan is not above 0"),
         (("--timeout", "1e999"), "argument --timeout: 1e999 is not finite"),
+        (("--timeout", "1e-320"), "argument --timeout: 1e-320 is not from 1e-300 to 1e+300"),
+        (("--timeout", "1e308"), "argument --timeout: 1e308 is not from 1e-300 to 1e+300"),
         (("--temperature", "nan"), "argument --temperature: nan is not finite"),
         (("--temperature", "1e999"), "argument --temperature: 1e999 is not finite"),
         (("--num-warmups", "-1"), "argument --num-warmups: -1 is below 0"),
@@ -50,3 +52,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
         assert ended.value.code == 2
         assert why in capsys.readouterr().err
     assert parse_options(["--json", str(figures)]).json_path == figures
+
+
+def test_files_may_lie_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = parse_options(["--json=~/run.json", "--trace=~/trace.csv"])
+    assert (options.json_path, options.trace) == (tmp_path / "run.json", tmp_path / "trace.csv")
+    for flag in ("--json", "--trace"):
+        for path in ("~no-such-user/x", ""):
+            with pytest.raises(SystemExit):
+                parse_options([f"{flag}={path}"])
+            assert f"argument {flag}: {path!r} is no path on this machine" in capsys.readouterr().err

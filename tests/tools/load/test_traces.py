@@ -68,6 +68,11 @@ def test_scales_shrink_lengths_and_blocks_and_make_arrivals_denser(tmp_path: Pat
         ("ContextTokens,GeneratedTokens,TIMESTAMP\n5,6\n", "line 2"),
         (AZURE + "2023-11-17 00:00:02,%s,1\n" % ("1" * 140_000), "line 3: field larger than field limit"),
         ('{"timestamp": 0, "input_length": 5}\n', "line 1.*output_length"),
+        (MOONCAKE.replace("600", "-600"), "-600 tokens, times 1: 0 to 1,000,000,000 are read"),
+        (
+            MOONCAKE.replace('"output_length": 7', '"output_length": 1000000000000'),
+            "1000000000000 tokens, times 1",
+        ),
         (MOONCAKE.replace("3000", "1764000000000"), "20,417 days .* 366 at most: are its times of one clock"),
         (MOONCAKE.replace("3000", "1e30"), "days from its first request"),
     ],
@@ -89,5 +94,7 @@ def test_bytes_that_are_no_text_are_refused_and_a_byte_order_mark_is_none_of_the
 def test_missing_file_and_senseless_scales_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         read_trace(tmp_path / "absent")
+    with pytest.raises(ConfigError, match="374 tokens, times 1e\\+300"):
+        read_trace(written(tmp_path, AZURE), length_scale=1e300)
     with pytest.raises(ConfigError, match="--trace-scale 0: must be above 0"):
         read_trace(written(tmp_path, AZURE), length_scale=0)
