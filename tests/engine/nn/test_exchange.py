@@ -204,9 +204,10 @@ def test_ranks_send_each_row_once_to_a_rank_and_no_more(tmp_path: Path) -> None:
     held: Held = (tuple(range(6)), tuple(range(6, 12)))
     row, result = 64 * 4 + 3 * 8, 64 * 4  # bytes: numbers and choices; float32
     sizes = list[tuple[int, int, list[int], list[int]]]()
+    layer = Layer(config_of(tmp_path, "Qwen3Moe"), held, "the same")
 
     def job(comm: Communicator) -> None:
-        block = Layer(config_of(tmp_path, "Qwen3Moe"), held, "the same").made(comm, is_exchanged=True)
+        block = layer.made(comm, is_exchanged=True)
         exchange = comm.all_to_all
 
         def noted(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -258,8 +259,9 @@ def test_a_planted_fault_is_found(
 
 
 def test_a_planted_lack_of_padding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the numbers of rows, or by what they come to: some processors' kernels do round otherwise."""
     monkeypatch.setattr(ExchangedMLP, "_computed", _without_padding)
-    with pytest.raises(AssertionError, match="some kernels round otherwise"):
+    with pytest.raises(AssertionError, match=r"some kernels round otherwise|torch\.equal"):
         test_a_row_of_a_tile_does_not_feel_its_neighbours(tmp_path, "Qwen3Moe", 2, monkeypatch)
 
 
