@@ -174,10 +174,11 @@ def test_a_row_of_a_tile_does_not_feel_its_neighbours(
     x, others = rows_of(16, 1), rows_of(16, 2)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     mixed = torch.where((torch.arange(16) % 2 == 0).unsqueeze(1), x, others)
-    for (y, turned, beside), _ in layer.yields([x, x[order], mixed], is_exchanged=True):
+    yielded = layer.yields([x, x[order], mixed], is_exchanged=True)
+    assert multiplied == {16}, "some kernels round otherwise where rows are fewer"
+    for (y, turned, beside), _ in yielded:
         assert torch.equal(turned, y[order])
         assert torch.equal(beside[::2], y[::2])
-    assert multiplied == {16}, "some kernels round otherwise where rows are fewer"
 
 
 def _noting(partial: Callable[[Any, Tensor], Tensor], noted: set[int]) -> Callable[[Any, Tensor], Tensor]:
@@ -259,9 +260,8 @@ def test_a_planted_fault_is_found(
 
 
 def test_a_planted_lack_of_padding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the numbers of rows, or by what they come to: some processors' kernels do round otherwise."""
     monkeypatch.setattr(ExchangedMLP, "_computed", _without_padding)
-    with pytest.raises(AssertionError, match=r"some kernels round otherwise|torch\.equal"):
+    with pytest.raises(AssertionError, match="some kernels round otherwise"):
         test_a_row_of_a_tile_does_not_feel_its_neighbours(tmp_path, "Qwen3Moe", 2, monkeypatch)
 
 

@@ -191,18 +191,17 @@ def test_a_step_may_take_five_times_a_full_steps_time() -> None:
     assert "step runs for 10.5 s, the limit is 10.0 s" in str(worker.hang(3.0))
 
 
-def test_small_steps_do_not_make_the_limit_shorter_than_a_large_one_needs() -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param((64, 2.0), (1, 0.01), id="small steps do not make it shorter than a large one needs"),
+        pytest.param((64, 0.1), (64, 2.0), id="of steps of one size the latest sets it"),
+    ],
+)
+def test_two_steps_set_the_limit(first: tuple[int, float], second: tuple[int, float]) -> None:
     worker = make()
-    worker.on_status(status(steps=1, step_tokens=64, step_s=2.0), 1.0)
-    worker.on_status(status(steps=2, step_tokens=1, step_s=0.01), 2.0)
-    worker.on_status(status(steps=2, num_running=1, busy_for_s=9.0), 3.0)
-    assert worker.hang(3.0) is None
-
-
-def test_of_steps_of_one_size_the_latest_sets_the_limit() -> None:
-    worker = make()
-    worker.on_status(status(steps=1, step_tokens=64, step_s=0.1), 1.0)
-    worker.on_status(status(steps=2, step_tokens=64, step_s=2.0), 2.0)
+    for number, (num_tokens, step_s) in enumerate((first, second), 1):
+        worker.on_status(status(steps=number, step_tokens=num_tokens, step_s=step_s), float(number))
     worker.on_status(status(steps=2, num_running=1, busy_for_s=9.0), 3.0)
     assert worker.hang(3.0) is None
 
