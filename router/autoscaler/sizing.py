@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import compress
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,16 @@ _ROUNDS = 30  # at most, until step time and crowd agree
 _TOLERANCE = 1e-3  # relative change of the step time that ends the rounds
 
 _Numbers = npt.NDArray[np.float64]
+
+
+class _Columns(NamedTuple):
+    """What all answers have in each field."""
+
+    prompts: _Numbers
+    cached: _Numbers
+    outputs: _Numbers
+    choices: _Numbers
+    classes: Sequence[Objectives | None]
 
 
 def erlang_c(num_servers: int, offered: float) -> float:
@@ -69,19 +80,18 @@ class PrefillLoad:
     ) -> PrefillLoad:
         if not answers:
             return cls(0.0, 0.0, (), (), 0.0)
-        prompts, cached = _fields(answers, "num_prompt_tokens", "num_cached_tokens")
+        prompts, cached, _, _, classes = _columns(answers)
         new = np.maximum(1.0, prompts - cached)
         new_tokens, contexts = (each.astype(int).tolist() for each in (new, cached))
         alone_s = np.array(list(map(times.prefill_s, new_tokens, contexts)), np.float64)
         work_s = np.maximum(0.25 * alone_s, alone_s - _saved_s(round(float(new.mean())), times, limits))
         mean_s = float(work_s.mean())
-        classes = [a.objectives for a in answers]
-        of_class = {own: np.array([each is own or each == own for each in classes]) for own in dict.fromkeys(classes)}
+        by_class = _by_class(alone_s, classes)
         return cls(
             mean_s,
             max(0.0, float((work_s * work_s).mean()) / (mean_s * mean_s) - 1.0),
-            tuple(_slack_s(own, objectives, alone_s[theirs]) for own, theirs in of_class.items()),
-            tuple(alone_s[theirs] for theirs in of_class.values()),
+            tuple(_slack_s(own, objectives, theirs) for own, theirs in by_class.items()),
+            tuple(by_class.values()),
             float(prompts.mean()),
         )
 
@@ -109,9 +119,22 @@ class PrefillLoad:
         return _least(floor, lambda count: self.kept(rate, count) >= target)
 
 
-def _fields(answers: Sequence[AnswerLengths], *names: str) -> _Numbers:
-    """Return a row for each of these fields, with what all answers have there."""
-    return np.stack([np.fromiter(map(attrgetter(name), answers), np.float64, len(answers)) for name in names])
+def _columns(answers: Sequence[AnswerLengths]) -> _Columns:
+    """Turn rows into columns."""
+    prompts, cached, outputs, classes, choices = zip(*answers, strict=True) if answers else ((),) * 5
+    return _Columns(_numbers(prompts), _numbers(cached), _numbers(outputs), _numbers(choices), classes)
+
+
+def _numbers(values: Sequence[float]) -> _Numbers:
+    return np.array(values, np.float64)
+
+
+def _by_class(numbers: _Numbers, classes: Sequence[Objectives | None]) -> dict[Objectives | None, _Numbers]:
+    """Return the numbers of each class, in their order."""
+    different = dict.fromkeys(classes)
+    if len(different) == 1:
+        return dict.fromkeys(different, numbers)
+    return {own: numbers[np.array([each is own or each == own for each in classes])] for own in different}
 
 
 def _slack_s(own: Objectives | None, default: Objectives, alone_s: _Numbers) -> _Numbers:
@@ -149,13 +172,13 @@ class DecodeLoad:
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> DecodeLoad:
         count = max(1, len(answers))
-        prompts, outputs, choices = _fields(answers, "num_prompt_tokens", "num_output_tokens", "num_choices")
+        prompts, _, outputs, choices, classes = _columns(answers)
         num_steps = outputs / choices
         held, squares = _held(choices * prompts, choices, num_steps)
         kept, kept_squares = _held(_kept(prompts, limits.spec), choices, num_steps)
         num_outputs = float(outputs.sum())
-        classes = {a.objectives for a in answers if a.num_output_tokens}
-        wanted = min((_tpot_s(own, objectives) for own in classes), default=_DEFAULT_TPOT_S)
+        answered = set(compress(classes, outputs.tolist()))
+        wanted = min((_tpot_s(own, objectives) for own in answered), default=_DEFAULT_TPOT_S)
         possible = _LEAST_STRETCH * times.decode_step_s(1, round(held / max(1, num_outputs)))
         longest_s = max(filled_step_s(wanted), possible)
         return cls(

@@ -8,6 +8,10 @@ from ..state.errors import StreamError
 from .sending import Sending
 
 
+def shutting_down() -> StreamError:
+    return StreamError("the server is shutting down", "shutting_down", 503)
+
+
 class UnderWay(Response):
     """An answer that is counted, and may be ended from outside. Starlette calls it as an ASGI application."""
 
@@ -39,7 +43,7 @@ class InFlight:
 
     def check_open(self) -> None:
         if self.is_closing:
-            raise StreamError("the server is shutting down", "shutting_down", 503)
+            raise shutting_down()
 
     def add(self, answer: UnderWay) -> None:
         self._answers.add(answer)
@@ -51,4 +55,4 @@ class InFlight:
         """Each answer ends now, with an error that its client sees."""
         self.is_closing = True
         for answer in list(self._answers):
-            answer.end(StreamError("the server is shutting down", "shutting_down", 503))
+            answer.end(shutting_down())

@@ -1,11 +1,13 @@
 """A client follows a background response that streams: from its first event on, or behind the last that it has.
 
 It may leave and come back, to any router; several may follow. Where this router ends, or cannot read on, the last
-event is an error with the number of the one before it: behind that the client comes back.
+event is an error with the number of the one before it: behind that the client comes back. A router that leaves follows
+another one's run for it, but does not wait until there is one.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -13,10 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from ..api.middleware import CLIENT_CLOSED, RequestContext, context_of, log_fault
 from ..api.reply import STREAM_HEADERS
-from ..http.in_flight import InFlight, UnderWay
+from ..http.in_flight import InFlight, UnderWay, shutting_down
 from ..state.errors import failure_of
 from .event_files import EventReader
 from .form import error_event
+
+_QUIET_S = 1.0  # without an event, in a router that leaves; others look for what nobody computes four times as often
 
 
 class EventStream(UnderWay):
@@ -56,10 +60,15 @@ class EventStream(UnderWay):
             await send({"type": "http.response.body", "body": b""})
 
     async def _tell(self, context: RequestContext) -> None:
+        now = asyncio.get_running_loop().time
+        heard_s = now()
         while True:
             is_over = self._is_over()  # before the last look
             while events := self._reader.read():
                 await context.write(events)
+                heard_s = now()
             if is_over:
                 return
+            if self._in_flight.is_leaving and now() > heard_s + _QUIET_S:
+                raise shutting_down()
             await self._grows()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ..api.middleware import RequestContext
 from ..api.reply import Reply
+from ..http.in_flight import shutting_down
 from ..kept.files import share_of_open_files
 from ..state.errors import HttpFailure, StreamError
 from .form import Fields
@@ -51,7 +52,7 @@ class Run:
         self.reply.end(StreamError("the response was cancelled", "cancelled", 409))
 
     def leave_to_others(self) -> None:
-        self.reply.end(StreamError("the server is shutting down", "shutting_down", 503))
+        self.reply.end(shutting_down())
 
     def put_off(self) -> None:
         self.reply.end(StreamError("its tokens cannot be kept now", _NOT_NOW, 503))

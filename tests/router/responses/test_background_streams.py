@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kvferry.router.access.keys import ApiKeys
 from kvferry.router.catalogue.version import ServedModel
 from kvferry.router.http.http_server import HttpServer
-from kvferry.router.responses import background, event_files
+from kvferry.router.responses import background, event_files, event_stream
 from kvferry.router.responses.event_files import EventFolder
 from kvferry.router.state.errors import StreamError
 
@@ -228,6 +228,32 @@ async def test_a_router_that_ends_tells_its_followers_behind_what_they_come_back
     check_whole(events + await followed(first, name, error["sequence_number"]), "Hello, world")
     check_whole(read((await begun).text), "Hello, world")
     assert len(first.app.api.in_flight) == len(second.app.api.in_flight) == 0
+
+
+async def test_a_router_that_leaves_waits_for_nobody_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "_QUIET_S", 0.05)
+    first, second = router(tmp_path, script=Script("Hello, world", hold_at=4)), router(tmp_path)
+    async with runs(first).keeping():
+        begun = await begin(first, tmp_path)
+        await first.dispatcher.held.wait()
+        await asyncio.sleep(0.1)  # quiet, though nobody leaves
+        assert not begun.done()
+    first.app.api.in_flight.is_leaving = True
+    *events, error = read((await begun).text)
+    assert (error["type"], error["code"], error["sequence_number"]) == ("error", "shutting_down", len(events) - 1)
+    async with runs(second).keeping():
+        name = events[0]["response"]["id"]
+        check_whole(events + await followed(second, name, error["sequence_number"]), "Hello, world")
+
+
+async def test_a_router_that_leaves_tells_what_another_one_computes(tmp_path: Path) -> None:
+    first, second = router(tmp_path, script=Script("Hello, world", hold_at=4)), router(tmp_path)
+    async with runs(first).keeping():
+        begun = await begin(first, tmp_path)
+        await first.dispatcher.held.wait()
+    first.app.api.in_flight.is_leaving = True
+    async with runs(second).keeping():
+        check_whole(read((await begun).text), "Hello, world")
 
 
 @contextlib.asynccontextmanager
