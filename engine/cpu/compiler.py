@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -152,8 +153,13 @@ def _flags(isa: str) -> list[str]:
 
 
 def _source_hash(isa: str) -> str:
+    return _hash(_sources(), " ".join([*_flags(isa), *_LINK, *_STATIC]).encode())
+
+
+@functools.cache
+def _sources() -> bytes:
     files = sorted(path for path in _SOURCE.rglob("*") if path.suffix in (".cpp", ".hpp"))
-    return _hash(*(path.read_bytes() for path in files), " ".join([*_flags(isa), *_LINK, *_STATIC]).encode())
+    return b"".join(path.read_bytes() for path in files)
 
 
 def _hash(*parts: bytes) -> str:
