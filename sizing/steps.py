@@ -102,7 +102,8 @@ class Roofline:
         if self.cache_bytes <= 0:
             need, have = self.model.kept_bytes / 1e9, self.num_gpus * self.gpu.memory_gb
             machine = f"{self.num_gpus} x {self.gpu.name} have {have:,.0f} GB, {self.memory_share:.3g} of it to be used"
-            raise ConfigError(f"{self.model.name} has {need:,.0f} GB of weights; {machine}")
+            beside = f"what steps need beside takes {self.model.reserve_bytes / 1e9:,.3g} GB of each"
+            raise ConfigError(f"{self.model.name} has {need:,.3g} GB of weights; {machine}; {beside}")
         model, gpu = self.model, self.gpu
         flops = self.num_gpus * gpu.flops(model.mfu, float8=model.is_float8)
         attention_flops = self.num_gpus * gpu.flops() * gpu.attention_share  # attention computes in BF16

@@ -130,7 +130,10 @@ def test_where_no_model_is_named_the_built_in_one_is(capsys: pytest.CaptureFixtu
         (["--gpu", "H100", "--rate", "1e300"], "rate: 2e+301 requests are more than 1,000,000"),
         (["--gpu", "H100", "--rate", "1", "--requests", "9999999"], "requests: 1e+07 requests are more than 1,000,000"),
         (["--gpu", "H100", "--rate", "1e300", "--no-simulation"], "rate: takes "),
-        (["--gpu", "H100", "--memory-gb", "18"], "LlamaForCausalLM has 16 GB of weights; 1 x H100 have 18 GB"),
+        (
+            ["--gpu", "H100", "--memory-gb", "18"],
+            "16.1 GB of weights; 1 x H100 have 18 GB, 0.9 of it to be used; what steps need beside takes",
+        ),
         (
             ["--gpu", "H100", "--expert-plan", "/nowhere"],
             "expert_plan: needs a mixture of experts, and enable_",
