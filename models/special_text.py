@@ -16,6 +16,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import RequestError
@@ -67,7 +68,7 @@ class SpecialText:
         """
         spelled = {found[0] for text in _texts(objects) for found in self._spelled.finditer(text)}
         used = set().union(*map(set, _texts(objects))) if spelled else set()
-        free = [char for char in map(chr, _PRIVATE_USE) if char not in used][: len(spelled)] if spelled else []
+        free = list(islice((char for char in map(chr, _PRIVATE_USE) if char not in used), len(spelled)))
         if len(free) < len(spelled):
             raise RequestError("the messages use all characters that are for private use", param="messages")
         hiding = dict(zip(sorted(spelled), free, strict=True))
