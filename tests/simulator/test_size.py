@@ -132,7 +132,7 @@ def test_where_no_model_is_named_the_built_in_one_is(capsys: pytest.CaptureFixtu
         (["--gpu", "H100", "--rate", "1e300", "--no-simulation"], "rate: takes "),
         (
             ["--gpu", "H100", "--memory-gb", "18"],
-            "16.1 GB of weights; 1 x H100 have 18 GB, 0.9 of it to be used; what steps need beside takes",
+            "LlamaForCausalLM has 16.1 GB of weights; 1 x H100 have 18 GB, 0.9 of it to be used; what steps need",
         ),
         (
             ["--gpu", "H100", "--expert-plan", "/nowhere"],
