@@ -12,6 +12,7 @@ imported here; what a subcommand alone needs is imported inside it.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn, cast
@@ -39,6 +40,8 @@ with kept_imports(), interruptible_imports():
     for module in (serve, operate, inspection, experts, keys, tools):
         module.register(app)
 
+_command_of = functools.cache(typer.main.get_command)
+
 # Of the command line itself: an unknown option, a missing value. Typer shows its subclass alone.
 _USAGE_ERROR: type[Exception] = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         argv = sys.argv[1:]
     try:
         with interruptible_imports():  # making all flags takes as long as importing
-            command = typer.main.get_command(app)
+            command = _command_of(app)
         code = command(args=_repeated(argv), prog_name="kvferry", standalone_mode=False)
     except typer.Abort:
         code = 1

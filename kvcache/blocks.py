@@ -288,13 +288,13 @@ class BlockPool:
 
     def check(self) -> None:
         """Assert block conservation and the books' agreement with each other."""
-        owned = {b for b in range(self.num_blocks) if self._ref_counts[b] > 0}
-        leaving = {block for block in self._leaving if block not in owned}
-        states = [set(self._free), set(self._cached) | set(self._resting) | leaving, owned, self._quarantined]
-        assert not leaving & (set(self._cached) | set(self._resting)) and set(self._resting) <= self._spare
-        assert not self._spare & set(self._cached) and self._spare <= set(self._hash_of)
-        assert sum(len(s) for s in states) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
-        assert len(self._free) == len(states[0]), "a block is free twice"
+        owned = {block for block, count in enumerate(self._ref_counts) if count > 0}
+        free, cached, resting, hashed = set(self._free), set(self._cached), set(self._resting), set(self._hash_of)
+        leaving, idle = self._leaving.keys() - owned, cached | resting
+        states = [free, idle | leaving, owned, self._quarantined]
+        assert not leaving & idle and resting <= self._spare <= hashed and not self._spare & cached
+        assert sum(map(len, states)) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
+        assert len(self._free) == len(free), "a block is free twice"
         assert min(self._ref_counts, default=0) >= 0 and self.displaced.keys() <= owned
-        assert {h: b for b, h in self._hash_of.items()} == self._block_of
-        assert set(self._cached) <= set(self._hash_of) and not (states[0] | self._quarantined) & set(self._hash_of)
+        assert dict(zip(self._hash_of.values(), self._hash_of, strict=True)) == self._block_of
+        assert cached <= hashed and not (free | self._quarantined) & hashed

@@ -152,7 +152,7 @@ class ModelConfig:
     def page_of(self, layer: int) -> int | None:
         """Return which of a block's keys and values, its pages mostly, a layer reads; None: a state, or nothing."""
         lender = layer if self.uneven is None else self.uneven.lender(layer)
-        return self.kv_layers.index(lender) if lender in self.kv_layers else None
+        return layers.index(lender) if lender in (layers := self.kv_layers) else None
 
     @property
     def num_kv_pages(self) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 from kvferry.router.autoscaler.scale_types import Pool
 from kvferry.sizing.steps import StepModel, StepWork
 
 
-@dataclass(slots=True, frozen=True)
 class ModelTimes:
     """A step model as the autoscaler asks for it."""
 
-    model: StepModel
+    def __init__(self, model: StepModel) -> None:
+        self.model = model
+        self.prefill_s = cache(self._prefill_s)  # it is asked for the same recent prompts at every decision
 
-    def prefill_s(self, new_tokens: int, context: int) -> float:
+    def _prefill_s(self, new_tokens: int, context: int) -> float:
         return self.model.step_s(StepWork(new_tokens, new_tokens * (context + new_tokens // 2)))
 
     def decode_step_s(self, rows: int, context: int) -> float:

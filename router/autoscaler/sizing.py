@@ -19,9 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from operator import attrgetter
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,16 +41,6 @@ _ROUNDS = 30  # at most, until step time and crowd agree
 _TOLERANCE = 1e-3  # relative change of the step time that ends the rounds
 
 _Numbers = npt.NDArray[np.float64]
-
-
-class _Columns(NamedTuple):
-    """What all answers have in each field."""
-
-    prompts: _Numbers
-    cached: _Numbers
-    outputs: _Numbers
-    choices: _Numbers
-    classes: Sequence[Objectives | None]
 
 
 def erlang_c(num_servers: int, offered: float) -> float:
@@ -80,13 +69,13 @@ class PrefillLoad:
     ) -> PrefillLoad:
         if not answers:
             return cls(0.0, 0.0, (), (), 0.0)
-        prompts, cached, _, _, classes = _columns(answers)
+        prompts, cached = _fields(answers, "num_prompt_tokens", "num_cached_tokens")
         new = np.maximum(1.0, prompts - cached)
         new_tokens, contexts = (each.astype(int).tolist() for each in (new, cached))
         alone_s = np.array(list(map(times.prefill_s, new_tokens, contexts)), np.float64)
         work_s = np.maximum(0.25 * alone_s, alone_s - _saved_s(round(float(new.mean())), times, limits))
         mean_s = float(work_s.mean())
-        by_class = _by_class(alone_s, classes)
+        by_class = _by_class(alone_s, [a.objectives for a in answers])
         return cls(
             mean_s,
             max(0.0, float((work_s * work_s).mean()) / (mean_s * mean_s) - 1.0),
@@ -119,14 +108,9 @@ class PrefillLoad:
         return _least(floor, lambda count: self.kept(rate, count) >= target)
 
 
-def _columns(answers: Sequence[AnswerLengths]) -> _Columns:
-    """Turn rows into columns."""
-    prompts, cached, outputs, classes, choices = zip(*answers, strict=True) if answers else ((),) * 5
-    return _Columns(_numbers(prompts), _numbers(cached), _numbers(outputs), _numbers(choices), classes)
-
-
-def _numbers(values: Sequence[float]) -> _Numbers:
-    return np.array(values, np.float64)
+def _fields(answers: Sequence[AnswerLengths], *names: str) -> _Numbers:
+    """Return a row for each of these fields, with what all answers have there."""
+    return np.stack([np.fromiter(map(attrgetter(name), answers), np.float64, len(answers)) for name in names])
 
 
 def _by_class(numbers: _Numbers, classes: Sequence[Objectives | None]) -> dict[Objectives | None, _Numbers]:
@@ -172,13 +156,13 @@ class DecodeLoad:
         cls, answers: Sequence[AnswerLengths], times: StepTimes, limits: WorkerLimits, objectives: Objectives
     ) -> DecodeLoad:
         count = max(1, len(answers))
-        prompts, _, outputs, choices, classes = _columns(answers)
+        prompts, outputs, choices = _fields(answers, "num_prompt_tokens", "num_output_tokens", "num_choices")
         num_steps = outputs / choices
         held, squares = _held(choices * prompts, choices, num_steps)
         kept, kept_squares = _held(_kept(prompts, limits.spec), choices, num_steps)
         num_outputs = float(outputs.sum())
-        answered = set(compress(classes, outputs.tolist()))
-        wanted = min((_tpot_s(own, objectives) for own in answered), default=_DEFAULT_TPOT_S)
+        classes = {a.objectives for a in answers if a.num_output_tokens}
+        wanted = min((_tpot_s(own, objectives) for own in classes), default=_DEFAULT_TPOT_S)
         possible = _LEAST_STRETCH * times.decode_step_s(1, round(held / max(1, num_outputs)))
         longest_s = max(filled_step_s(wanted), possible)
         return cls(

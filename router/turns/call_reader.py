@@ -69,6 +69,8 @@ class CallReader:
     def push(self, text: str, *, is_final: bool = False) -> TurnDelta:
         """Take what comes next; the last text is final."""
         delta = TurnDelta()
+        if not text and not is_final:
+            return delta
         self._rest += text
         while self._advance(delta, is_final=is_final):
             pass

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from .values.gemma_text import ArgumentsWalk
@@ -38,16 +37,14 @@ class Tags(NamedTuple):
     end: str
 
 
-@dataclass(slots=True, frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call as far as it is written. `arguments` is JSON where the model wrote JSON to its end."""
 
     name: str
     arguments: str
 
 
-@dataclass(slots=True, frozen=True)
-class Place:
+class Place(NamedTuple):
     """The place where a segment begins. Not sure: what follows may turn out to be something else."""
 
     start: int
@@ -60,11 +57,10 @@ def first_place(places: Iterable[Place | None]) -> Place | None:
     return min(found, key=lambda place: (place.start, not place.is_sure), default=None)
 
 
-@dataclass(slots=True, frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A segment's calls so far, and where it ends. An end without calls: up to there it was no call, but content."""
 
-    calls: Sequence[Call] = field(default=())
+    calls: Sequence[Call] = ()
     end: int | None = None
 
 
@@ -103,8 +99,7 @@ class Syntax(Protocol):
         ...
 
 
-@dataclass(slots=True, frozen=True)
-class JsonCall:
+class JsonCall(NamedTuple):
     """The object of one call, read: no call, where `call` is None and there is an end."""
 
     call: Call | None

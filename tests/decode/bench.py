@@ -118,7 +118,7 @@ class Bench:
         for reservation in self.receiver.reservations.live.values():
             if reservation.state is not ReservationState.DOOMED:
                 held.update(reservation.hit_blocks + reservation.block_ids + reservation.copy_blocks)
-        assert {b: self.pool.ref_count(b) for b in range(self.pool.num_blocks) if self.pool.ref_count(b)} == held
+        assert {b: count for b in range(self.pool.num_blocks) if (count := self.pool.ref_count(b))} == held
 
     def last(self, kind: type[Message]) -> Message:
         return next(message for message in reversed(self.sent) if isinstance(message, kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,8 @@ TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+
+_template = cache(ChatTemplate)  # to compile one, and to try what it takes, is longer than to render
 
 
 def _backend(*, metaspace: bool = False) -> Backend:
@@ -71,7 +74,7 @@ def _id(backend: Backend, token: str) -> int:
 def _ids(backend: Backend, special: SpecialText, content: str, template: str = TEMPLATE) -> list[int]:
     messages = [{"role": "user", "content": content}]
     hiding, hidden = special.hide(messages)
-    return special.encode(ChatTemplate(template).render(hiding), hidden, False)
+    return special.encode(_template(template).render(hiding), hidden, False)
 
 
 @pytest.mark.parametrize("metaspace", [False, True])
@@ -82,7 +85,7 @@ def test_a_user_cannot_open_a_turn(metaspace: bool) -> None:
     ids = _ids(backend, special, evil)
     start, end = backend.token_to_id(START), backend.token_to_id(END)
     assert [token_id for token_id in ids if token_id in (start, end)] == [start, end, start]
-    rendered = ChatTemplate(TEMPLATE).render([{"role": "user", "content": evil}])
+    rendered = _template(TEMPLATE).render([{"role": "user", "content": evil}])
     assert backend.decode(ids, skip_special_tokens=False) == rendered
 
 
@@ -91,7 +94,7 @@ def test_what_spells_no_special_token_is_encoded_as_always(metaspace: bool) -> N
     backend = _backend(metaspace=metaspace)
     special = SpecialText(backend)
     for content in ("hello  world", f"a {THINK} b", "", " x ", "<|star", "日本 🙂"):
-        rendered = ChatTemplate(TEMPLATE + "x <|mask|> y").render([{"role": "user", "content": content}])
+        rendered = _template(TEMPLATE + "x <|mask|> y").render([{"role": "user", "content": content}])
         expected = backend.encode(rendered, add_special_tokens=False).ids
         assert special.encode(rendered, {}, False) == expected
 
@@ -128,7 +131,7 @@ def test_no_text_becomes_a_special_token(kind: str, content: str) -> None:
     ids = _ids(backend, SPECIALS[kind], content)
     start, end, mask = (backend.token_to_id(token) for token in (START, END, "<|mask|>"))
     assert [token_id for token_id in ids if token_id in (start, end, mask)] == [start, end, start]
-    rendered = ChatTemplate(TEMPLATE).render([{"role": "user", "content": content}])
+    rendered = _template(TEMPLATE).render([{"role": "user", "content": content}])
     assert backend.decode(ids, skip_special_tokens=False) == rendered
 
 
@@ -146,7 +149,7 @@ def test_nor_does_a_vocabulary_make_one_of_a_text(kind: str) -> None:
 def test_every_other_token_keeps_its_id(kind: str) -> None:
     backend = KINDS[kind]
     for content in ("start a match: /é日 <|", f"{THINK}aim\n", "<unk>", "<|end|"):
-        rendered = ChatTemplate(TEMPLATE).render([{"role": "user", "content": content}])
+        rendered = _template(TEMPLATE).render([{"role": "user", "content": content}])
         assert SPECIALS[kind].encode(rendered, {}, False) == backend.encode(rendered, add_special_tokens=False).ids
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ...state.errors import is_unicode
 
@@ -32,8 +32,7 @@ _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+("|\\?\Z)', re.DOTALL)
 _ESCAPE_OR_RAW = re.compile(r"\\[\x20-\U0010ffff]|\\?[\x00-\x1f]")
 
 
-@dataclass(slots=True, frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """The end of a value: of what there is of it, where it is open; of what is sound, where it is broken."""
 
     state: State
@@ -138,9 +137,11 @@ def skip_gap(text: str, at: int) -> int:
 
 def ends_with_part_of(text: str, mark: str) -> int:
     """Return how many characters at the text's end may be the beginning of `mark`."""
-    for size in range(min(len(text), len(mark) - 1), 0, -1):
-        if text.endswith(mark[:size]):
-            return size
+    at = max(0, len(text) - len(mark) + 1)
+    while (at := text.find(mark[:1], at)) >= 0:
+        if mark.startswith(text[at:]):
+            return len(text) - at
+        at += 1
     return 0
 
 
