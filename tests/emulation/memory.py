@@ -45,33 +45,23 @@ class DeviceTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        from .operations import dispatch
-
-        return dispatch(func, args, kwargs or {})
+        return operations.dispatch(func, args, kwargs or {})
 
     def __getitem__(self, key: Any) -> Any:
-        from .operations import take
-
-        return take(self, key)
+        return operations.take(self, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        from .operations import put
-
-        put(self, key, value)
+        operations.put(self, key, value)
 
     # Torch's own would ask for a guard of the device, which a build for CPUs lacks.
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:
-        from .operations import dispatch
-
-        return dispatch(torch.ops.aten.copy_.default, (self, source, non_blocking), {})  # type: ignore[no-any-return]
+        return operations.dispatch(torch.ops.aten.copy_.default, (self, source, non_blocking), {})  # type: ignore[no-any-return]
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        from .operations import dispatch
-
         if self.is_contiguous():
             return self
-        return dispatch(torch.ops.aten.clone.default, (self,), {"memory_format": memory_format})  # type: ignore[no-any-return]
+        return operations.dispatch(torch.ops.aten.clone.default, (self,), {"memory_format": memory_format})  # type: ignore[no-any-return]
 
     def nonzero(self, *, as_tuple: bool = False) -> Any:
         assert not as_tuple
@@ -205,3 +195,6 @@ def to_device(source: Tensor, dtype: torch.dtype | None, *, non_blocking: bool) 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
+
+
+from . import operations  # noqa: E402  # it computes with device tensors, which are told of it at last

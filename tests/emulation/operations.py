@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ _ALLOCATIONS = {
 
 
 _SEQUENCES = (list, tuple)
+_PLAIN = frozenset({int, float, bool, type(None)})  # told from tensors at once, which `isinstance` takes long for
+_shares_memory: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
 def _name_of(func: Any) -> str:
@@ -48,28 +51,36 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors, name = _tensors(args) + _tensors(kwargs.values()), _name_of(func)
+    name, tensors = _name_of(func), list[Tensor]()
+    hosts: list[Any] = _hosts(args, tensors)
+    named, stays = {}, True
+    if kwargs:
+        values = [value for key, value in kwargs.items() if key != "pin_memory"]
+        named = dict(zip((key for key in kwargs if key != "pin_memory"), _hosts(values, tensors), strict=True))
+        stays = not is_host(named.get("device"))
+        if "device" in named and stays:
+            named["device"] = None
     _check_devices(name, tensors)
-    named = {key: host_of(value) for key, value in kwargs.items() if key != "pin_memory"}
-    stays = not is_host(named.get("device"))
-    if "device" in named and stays:
-        named["device"] = None
-    hosts = host_of(args)
     kernel: Callable[..., Any] = _OWN_KERNELS.get(func.name(), func)
     result = kernel(*hosts, **named)
     if not stays:
         return result
     if name in _ALLOCATIONS:
         return fresh(result)
-    if not (func.is_view and _is_view_of(result, hosts)):
+    if not (func.is_view and _is_view_of(result, tensors)):
         note_launch(_repeating(kernel, hosts, named, result))
     return _on_device(result, tensors)
 
 
-def _is_view_of(result: Any, given: Any) -> bool:
+def _is_view_of(result: Any, given: list[Tensor]) -> bool:
     """Tell whether a result shares memory with an argument: a reshape, which may be a view, may be a copy too."""
-    storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors(given)}
-    return all(made.untyped_storage().data_ptr() in storages for made in _tensors((result,)))
+    for made in result if isinstance(result, _SEQUENCES) else (result,):
+        for tensor in given:
+            if _shares_memory(made, tensor.host if isinstance(tensor, DeviceTensor) else tensor):
+                break
+        else:
+            return False
+    return True
 
 
 def is_host(device: Any) -> bool:
@@ -82,10 +93,12 @@ def _repeating(kernel: Callable[..., Any], hosts: Any, named: Any, result: Any) 
         return None
     passed = _tensors(hosts) + _tensors(named.values())
     written = [made for made in _tensors((result,)) if not any(made is given for given in passed)]
+    if not written:
+        return lambda: kernel(*hosts, **named)
 
     def launch_again() -> None:
         made = _tensors((kernel(*hosts, **named),))
-        for target, new in zip(written, made[-len(written) :] if written else (), strict=True):
+        for target, new in zip(written, made[-len(written) :], strict=True):
             if target.data_ptr() != new.data_ptr():
                 target.copy_(new)
 
@@ -116,6 +129,22 @@ def _tensors(values: Iterable[Any]) -> list[Any]:
     return found
 
 
+def _hosts(values: Iterable[Any], found: list[Tensor]) -> list[Any]:
+    """Replace device tensors by what holds their numbers; all tensors are added to those that were found."""
+    hosts = list[Any]()
+    for value in values:
+        if type(value) in _PLAIN:
+            hosts.append(value)
+        elif isinstance(value, Tensor):
+            found.append(value)
+            hosts.append(value.host if isinstance(value, DeviceTensor) else value)
+        elif isinstance(value, _SEQUENCES) and not isinstance(value, torch.Size):
+            hosts.append(type(value)(_hosts(value, found)))
+        else:
+            hosts.append(value)
+    return hosts
+
+
 def _check_devices(name: str, tensors: list[Tensor]) -> None:
     for tensor in tensors:
         if isinstance(tensor, DeviceTensor) or tensor.dim() == 0:
@@ -142,8 +171,13 @@ def _copy(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False)
     return target
 
 
+@cache
+def _argument_names(func: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in func._schema.arguments)
+
+
 def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    named = dict(zip(_argument_names(func), args, strict=False)) | kwargs
     source, like = named["self"], named.get("other")
     assert isinstance(source, DeviceTensor), "install.py sees others before torch does"
     device, dtype = (like.device, like.dtype) if like is not None else (named.get("device"), named.get("dtype"))

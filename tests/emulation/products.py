@@ -160,6 +160,7 @@ def _by_groups(a: Tensor, b: Tensor, offs: Tensor | None, bias: Tensor | None) -
     for end, matrix in zip(offs.tolist(), b, strict=True):
         if end < begin or end > len(a):
             raise RuntimeError(f"_grouped_mm: rows end at {offs.tolist()} of {len(a)}")
-        result[begin:end] = a[begin:end] @ matrix
+        if end > begin:
+            result[begin:end] = a[begin:end] @ matrix
         begin = end
     return result

@@ -109,8 +109,14 @@ def said_by_ranks(model_dir: Path, path: Path, ids: list[list[int]]) -> list[lis
 
 def expected(model_dir: Path, adapter: Path | None, prompt: list[int], folder: Path) -> list[int]:
     merged = model_dir if adapter is None else merge(model_dir, adapter, folder / f"merged-{adapter.name}")
-    driver = Driver(make_engine(merged, max_model_len=256))
-    return driver.generate([driver.add(prompt)])[0]
+    [answer] = answered(merged, [prompt])
+    return answer
+
+
+def answered(model_dir: Path, ids: list[list[int]]) -> list[list[int]]:
+    """Return what a model without adapters answers to each prompt alone."""
+    driver = Driver(make_engine(model_dir, max_model_len=256))
+    return [driver.generate([driver.add(prompt)])[0] for prompt in ids]
 
 
 @pytest.mark.slow
@@ -129,7 +135,7 @@ def test_mixed_batches_equal_merged_models(model_dir: Path, adapters: list[Path]
         alone = [driver.generate([sequence(driver, prompt, slot)])[0] for slot, prompt in enumerate(ids)]
         mixed = driver.generate([sequence(driver, prompt, slot) for slot, prompt in enumerate(ids)], chunk=11)
         wanted = [expected(model_dir, path, prompt, tmp_path) for path, prompt in zip(batch, ids, strict=True)]
-        plain = [expected(model_dir, None, prompt, tmp_path) for prompt in ids]
+        plain = answered(model_dir, ids)
         assert alone == mixed == wanted
         assert sum(one != other for one, other in zip(wanted, plain, strict=True)) > 5  # they do something
 

@@ -135,7 +135,7 @@ def test_answers_that_a_scheduler_drafts_are_the_models_best_tokens(
     answers = worker.run(texts, [params], "s")
     counters = worker.role.scheduler.draft_counters
     assert worker.role.scheduler.num_preemptions > 0 and counters.draft_tokens > counters.accepted_tokens > 100
-    judge = engine_config(tmp_path / "model", **fields, block_size=8)
+    judge = engine_config(tmp_path / "model", **fields, block_size=8, enforce_eager=True)
     driver = Driver(Engine(judge, num_blocks=100))
     assert len(answers) == 8 and all(len(answer) == 40 for answer in answers.values())
     for (name, _), answer in answers.items():
@@ -197,7 +197,7 @@ def test_a_draft_model_drafts_in_graphs_and_keeps_its_own_pages(
         for block in cached:
             torch.testing.assert_close(pages[2:, block], pages[:2, block], atol=0.05, rtol=0.05)
         assert len(cached) > 10
-    judge = Driver(Engine(engine_config(tmp_path / "model", **fields), num_blocks=100))
+    judge = Driver(Engine(engine_config(tmp_path / "model", **fields, enforce_eager=True), num_blocks=100))
     for (name, _), answer in answers.items():
         whole = [*texts[int(name)], *(token.token_id for token in answer)]
         _judge(judge, whole, len(texts[int(name)]))

@@ -189,7 +189,8 @@ def test_two_ranks_share_them(
 def test_what_is_set_aside_is_what_is_counted(
     monkeypatch: pytest.MonkeyPatch, model_dir: Path, split: dict[str, object]
 ) -> None:
-    config = engine_config(**_config(model_dir, max_loras=3, max_lora_rank=13, **split))  # type: ignore[arg-type]
+    fields = {"max_loras": 3, "max_lora_rank": 13, "enforce_eager": True} | split
+    config = engine_config(**_config(model_dir, **fields))  # type: ignore[arg-type]
     model = ModelConfig.from_dir(model_dir)
     taken = list[int]()
     make = PartFactors.__init__
@@ -211,7 +212,7 @@ def test_what_is_set_aside_is_what_is_counted(
 
 def test_they_are_refused_where_nothing_is_set_aside(model_dir: Path, adapters: list[Path]) -> None:
     with pytest.raises(ConfigError, match=r"experts\.0\.down_proj; adapters of experts need lora_experts on a GPU"):
-        _engine(model_dir, adapters[:1], lora_experts=False)
+        _engine(model_dir, adapters[:1], lora_experts=False, enforce_eager=True)
 
 
 def test_numbers_that_are_not_finite_are_refused(model_dir: Path, engine: Engine, tmp_path: Path) -> None:

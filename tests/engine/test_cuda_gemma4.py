@@ -50,6 +50,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def captured(checkpoints: Path, variant: str) -> Engine:
+    return _engine(checkpoints / variant)
+
+
+@pytest.fixture(scope="module")
+def launched(checkpoints: Path, variant: str) -> Engine:
+    return _engine(checkpoints / variant, enforce_eager=True)
+
+
 def _soften(path: Path) -> None:
     """Have queries ask less. Scores are not scaled: of norms drawn near 1 one key takes all, as 16 bits round it."""
     tensors = load_file(path)
@@ -60,17 +76,17 @@ def _engine(model_dir: Path, **fields: object) -> Engine:
     return Engine(_config(model_dir, **fields), num_blocks=100)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_tokens_and_log_probabilities_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
-    for eager, chunk in ((False, 10**9), (True, 37)):
-        engine = _engine(checkpoints / variant, enforce_eager=eager)
-        assert isinstance(engine.runner, CudaRunner) and (engine.runner.pieces is None) == eager
+def test_tokens_and_log_probabilities_are_those_of_transformers(
+    checkpoints: Path, variant: str, captured: Engine, launched: Engine
+) -> None:
+    for engine, chunk in ((captured, 10**9), (launched, 37)):
+        assert isinstance(engine.runner, CudaRunner) and (engine.runner.pieces is None) == (engine is launched)
         assert type(engine.runner._attention) is FlashInferParts
         answers = _generate(engine, chunk, LENGTHS)
         _judge(checkpoints / variant, list(zip(prompts(LENGTHS), answers, strict=True)))
 
 
-@pytest.mark.parametrize("variant", ["plain", "borrowing", "experts beside"])
+@pytest.mark.parametrize("variant", ["plain", "borrowing", "experts beside"], indirect=True)
 def test_two_ranks_yield_what_one_does(checkpoints: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     config = _config(checkpoints / variant, tensor_parallel_size=2)
     with two_ranks(monkeypatch, config, 100) as engine:
@@ -89,10 +105,12 @@ def test_experts_beside_an_mlp_are_computed_together(checkpoints: Path) -> None:
     assert taken == [3 * (30 + 5 + 9 + 3 * 7)] * 6, "of each token, padding left out"
 
 
-@pytest.mark.parametrize("variant", ["plain", "borrowing"])
+@pytest.mark.parametrize("variant", ["plain", "borrowing"], indirect=True)
 @pytest.mark.parametrize("eager", [False, True])
-def test_pages_are_told_of_once_all_of_their_layers_are_written(checkpoints: Path, variant: str, eager: bool) -> None:
-    assert_told_of_pages(_engine(checkpoints / variant, enforce_eager=eager))
+def test_pages_are_told_of_once_all_of_their_layers_are_written(
+    captured: Engine, launched: Engine, eager: bool
+) -> None:
+    assert_told_of_pages(launched if eager else captured)
 
 
 def test_pages_in_8_bits_are_refused(checkpoints: Path) -> None:

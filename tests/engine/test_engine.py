@@ -124,7 +124,8 @@ def test_stacked_experts_are_read_as_they_were_published(checkpoints: Path, tmp_
 def _assert_as_transformers(model_dir: Path, asked: list[list[int]], answers: list[list[int]]) -> None:
     compared = 0
     for prompt, answer in zip(asked, answers, strict=True):
-        expected = greedy_tokens(model_dir, tuple(prompt), NUM_TOKENS, SURE_GAP)
+        assert len(answer) == NUM_TOKENS
+        expected = greedy_tokens(model_dir, prompt, answer, SURE_GAP)
         assert answer[: len(expected)] == expected, f"prompt of {len(prompt)} tokens"
         compared += len(expected)
     assert compared > len(asked) * NUM_TOKENS // 2, "the checkpoint leaves too little to compare"

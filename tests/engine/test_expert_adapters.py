@@ -7,9 +7,10 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from ..adapters import merge, merged_model, write_adapter
 from ..deepseek import EXPERTS, write_deepseek
 from ..engine_driver import Driver, engine_config, make_engine, prompts
 from ..transformers_checkpoints import SMALL, write_model
-from .test_adapters import expected, judged, put, sequence
+from .test_adapters import answered, expected, judged, put, sequence
 
 QWEN3 = SMALL | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
 MODELS: dict[str, dict[str, Any]] = {
@@ -80,34 +81,53 @@ def write_adapters(folder: Path, model_dir: Path, kind: str, **fields: Any) -> l
     ]
 
 
+class Adapted(NamedTuple):
+    """A model, its adapters, and what is said of prompts of LENGTHS: by the merged models, and by itself the last."""
+
+    model_dir: Path
+    adapters: list[Path]
+    wanted: list[list[int]]  # by each of its prompt
+    judged: list[list[tuple[int, float]]]  # by each of the longest
+    plain: list[list[int]]  # by the model without adapters of all
+
+
+@pytest.fixture(scope="module")
+def adapted(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Adapted]:
+    @cache
+    def adapted(kind: str) -> Adapted:
+        folder, model_dir, ids = tmp_path_factory.mktemp("adapted"), models(kind), prompts(LENGTHS)
+        adapters = write_adapters(folder, model_dir, kind)
+        found = Adapted(model_dir, adapters, [], [], answered(model_dir, ids))
+        merged = [merge(model_dir, path, folder / f"merged-{path.name}") for path in adapters]
+        for path, prompt in zip([*merged, model_dir], ids, strict=True):
+            driver = Driver(make_engine(path, max_model_len=256))
+            found.wanted.append(driver.generate([driver.add(prompt)])[0])
+            found.judged.extend(judged(driver, [ids[6]], [None]))
+        return found
+
+    return adapted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
-def test_mixed_batches_equal_merged_models(
-    models: Callable[[str], Path], tmp_path: Path, kind: str, exact: bool
-) -> None:
-    model_dir = models(kind)
-    adapters = [*write_adapters(tmp_path, model_dir, kind), None]
+def test_mixed_batches_equal_merged_models(adapted: Callable[[str], Adapted], kind: str, exact: bool) -> None:
+    model_dir, adapters, wanted, theirs, plain = adapted(kind)
     slots: list[int | None] = [0, 1, 2, 3, 4, 5, 6, None]
     fields = {"enable_lora": True, "max_loras": 8, "max_lora_rank": 16}
     engine = make_engine(model_dir, 256, max_model_len=256, deterministic=exact, **fields)
     for slot, path in enumerate(adapters):
-        if path is not None:
-            put(engine, slot, path)
+        put(engine, slot, path)
     driver = Driver(engine)
     ids = prompts(LENGTHS)
     alone = [driver.generate([sequence(driver, prompt, slot)])[0] for slot, prompt in zip(slots, ids, strict=True)]
     mixed = driver.generate([sequence(driver, prompt, slot) for slot, prompt in zip(slots, ids, strict=True)], chunk=11)
-    wanted = [expected(model_dir, path, prompt, tmp_path) for path, prompt in zip(adapters, ids, strict=True)]
-    plain = [expected(model_dir, None, prompt, tmp_path) for prompt in ids]
     assert alone == mixed == wanted
     assert sum(one != other for one, other in zip(wanted, plain, strict=True)) > 4  # they do something
-    for path, own in zip(adapters[:5], slots, strict=False):
-        assert path is not None
-        merged = Driver(make_engine(tmp_path / f"merged-{path.name}", max_model_len=256))
-        [found], [theirs] = judged(driver, [ids[6]], [own], 20), judged(merged, [ids[6]], [None])
-        assert [token for token, _ in found] == [token for token, _ in theirs]
-        assert [value for _, value in found] == pytest.approx([value for _, value in theirs], abs=NEAR)
+    for own in range(5):
+        [found] = judged(driver, [ids[6]], [own], 20)
+        assert [token for token, _ in found] == [token for token, _ in theirs[own]]
+        assert [value for _, value in found] == pytest.approx([value for _, value in theirs[own]], abs=NEAR)
 
 
 def test_rows_without_factors_are_the_models_own_to_the_bit(models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -164,9 +184,8 @@ def split_fields(folder: Path, split: str) -> dict[str, object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["parts", "whole", "plan", "exchange", "exact exchange"])
-def test_ranks_share_adapters_of_experts(models: Callable[[str], Path], tmp_path: Path, split: str) -> None:
-    model_dir = models("Qwen3Moe")
-    adapters = write_adapters(tmp_path, model_dir, "Qwen3Moe")
+def test_ranks_share_adapters_of_experts(adapted: Callable[[str], Adapted], tmp_path: Path, split: str) -> None:
+    model_dir, adapters, wanted, *_ = adapted("Qwen3Moe")
     lora = {"enable_lora": True, "max_loras": 7, "max_lora_rank": 16}
     config = engine_config(model_dir, tensor_parallel_size=2, **lora, **split_fields(tmp_path, split))
     group = RankGroup.start(config, num_blocks=128)
@@ -179,10 +198,7 @@ def test_ranks_share_adapters_of_experts(models: Callable[[str], Path], tmp_path
         found = driver.generate(seqs, chunk=25)
     finally:
         group.close()
-    paths = [*adapters, None]
-    assert found == [
-        expected(model_dir, path, ids, tmp_path) for path, ids in zip(paths, prompts(LENGTHS), strict=True)
-    ]
+    assert found == wanted
 
 
 @pytest.mark.parametrize("exchange", ["one rank", "sum", "all_to_all"])

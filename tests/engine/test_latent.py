@@ -55,11 +55,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _expected(model_dir: Path, prompt: list[int]) -> list[int]:
-    """Return the greedy tokens of transformers; each leads by more than SURE_GAP."""
-    tokens = greedy_tokens(model_dir, tuple(prompt), NUM_TOKENS, SURE_GAP)
-    assert len(tokens) == NUM_TOKENS
-    return tokens
+def _assert_as_transformers(model_dir: Path, asked: list[list[int]], answers: list[list[int]]) -> None:
+    """Answers are the greedy tokens, each of which leads by more than SURE_GAP."""
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert len(answer) == NUM_TOKENS
+        assert answer == greedy_tokens(model_dir, prompt, answer, SURE_GAP), f"prompt of {len(prompt)} tokens"
 
 
 def _answers(engine: Engine, asked: list[list[int]], chunk: int) -> list[list[int]]:
@@ -72,9 +72,10 @@ def _answers(engine: Engine, asked: list[list[int]], chunk: int) -> list[list[in
 def test_greedy_tokens_are_those_of_transformers(checkpoints: Path, variant: str) -> None:
     engine = make_engine(checkpoints / variant)
     asked = prompts([1, 15, 16, 17, 70, 300])
-    expected = [_expected(checkpoints / variant, prompt) for prompt in asked]
-    for chunk in (10**9, 16, 7):
-        assert _answers(engine, asked, chunk) == expected
+    expected = _answers(engine, asked, 10**9)
+    _assert_as_transformers(checkpoints / variant, asked, expected)
+    assert _answers(engine, asked, 16) == expected
+    assert _answers(engine, asked[:-1], 7) == expected[:-1]
     assert _answers(make_engine(checkpoints / variant, deterministic=True), asked, 33) == expected
 
 
@@ -129,7 +130,7 @@ def test_two_ranks_say_what_one_says_and_each_has_all_latents(checkpoints: Path,
     try:
         assert pair.received() == b"made this with 1 heads of 1"
         asked = prompts([1, 20, 33, 130])
-        assert _answers(pair.engine, asked, 16) == [_expected(checkpoints / name, prompt) for prompt in asked]
+        _assert_as_transformers(checkpoints / name, asked, _answers(pair.engine, asked, 16))
         assert pair.engine.spec.fingerprint == make_engine(checkpoints / name).spec.fingerprint
         assert swapped_in_the_middle(pair.engine) == undisturbed(make_engine(checkpoints / name))
     finally:

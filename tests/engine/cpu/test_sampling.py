@@ -37,15 +37,26 @@ _params = st.builds(
 )
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def sampler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeSampler:
+@pytest.fixture(scope="module")
+def samplers(tmp_path_factory: pytest.TempPathFactory) -> list[NativeSampler]:
+    """One thread, and two."""
     path = write_checkpoint(tmp_path_factory.mktemp("model"), dtype="bfloat16", head_dim=64, num_qo_heads=2)
-    try:
-        engine = make_engine(path, num_threads=request.param)
-    except NativeUnavailable as reason:
-        pytest.skip(str(reason))
-    assert isinstance(engine.runner, NativeRunner)
-    return NativeSampler(engine.runner.decoder, EOS)
+    found = []
+    for num_threads in (1, 2):
+        try:
+            engine = make_engine(path, num_threads=num_threads)
+        except NativeUnavailable as reason:
+            pytest.skip(str(reason))
+        assert isinstance(engine.runner, NativeRunner)
+        found.append(NativeSampler(engine.runner.decoder, EOS))
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def sampler(request: pytest.FixtureRequest, samplers: list[NativeSampler]) -> NativeSampler:
+    """As many threads as the parameter says."""
+    num_threads: int = request.param
+    return samplers[num_threads - 1]
 
 
 def logits_of(num_rows: int, size: int, seed: int) -> torch.Tensor:
@@ -59,7 +70,7 @@ def logits_of(num_rows: int, size: int, seed: int) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_tokens_and_log_probabilities_are_torchs(sampler: NativeSampler, data: st.DataObject) -> None:
+def test_tokens_and_log_probabilities_are_torchs(samplers: list[NativeSampler], data: st.DataObject) -> None:
     size, seed = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(0, 10_000))
     rows = [
         SampleRow(
@@ -72,7 +83,9 @@ def test_tokens_and_log_probabilities_are_torchs(sampler: NativeSampler, data: s
         for _ in range(data.draw(st.integers(1, 5)))
     ]
     logits = logits_of(len(rows), size, seed)
-    assert_same(sampler.sample(logits.clone(), rows), sample(logits.clone(), rows, EOS))
+    expected = sample(logits.clone(), rows, EOS)
+    for sampler in samplers:
+        assert_same(sampler.sample(logits.clone(), rows), expected)
 
 
 def test_a_row_is_the_same_in_any_company(sampler: NativeSampler) -> None:

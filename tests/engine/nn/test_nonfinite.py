@@ -38,7 +38,8 @@ def sample_on_device(
     return DeviceSampler(torch.device("cpu"), TorchKernels(), eos_token_ids).launch(logits, rows).read()
 
 
-SAMPLERS = pytest.mark.parametrize("sampler", [sample, sample_each, sample_on_device])
+_SAMPLERS: tuple[Sampler, ...] = (sample, sample_each, sample_on_device)
+SAMPLERS = pytest.mark.parametrize("sampler", _SAMPLERS)
 
 
 def _floats(low: float, high: float) -> st.SearchStrategy[float]:
@@ -91,23 +92,21 @@ def _assert_tokens(logits: Tensor, row: SampleRow, tokens: tuple[SampledToken, .
 
 
 @pytest.mark.slow
-@SAMPLERS
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(_rows, min_size=1, max_size=4), seed=st.integers(0, 1000), scale=st.sampled_from([1.0, 1e-30, 30]))
-def test_whatever_a_body_asks_tokens_are_of_the_vocabulary(
-    sampler: Sampler, rows: list[SampleRow], seed: int, scale: float
-) -> None:
+def test_whatever_a_body_asks_tokens_are_of_the_vocabulary(rows: list[SampleRow], seed: int, scale: float) -> None:
+    """Of every sampler: to draw what is asked takes longer than to sample."""
     logits = scale * _logits(len(rows), seed)
-    for row, tokens, own in zip(rows, sampler(logits.clone(), rows, EOS), logits, strict=True):
-        _assert_tokens(own, row, tokens)
+    for sampler in _SAMPLERS:
+        for row, tokens, own in zip(rows, sampler(logits.clone(), rows, EOS), logits, strict=True):
+            _assert_tokens(own, row, tokens)
 
 
 @pytest.mark.slow
-@SAMPLERS
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), rows=st.lists(_rows, min_size=2, max_size=5), seed=st.integers(0, 1000))
 def test_a_row_that_is_no_distribution_yields_nothing_and_the_others_what_they_would_alone(
-    sampler: Sampler, data: st.DataObject, rows: list[SampleRow], seed: int
+    data: st.DataObject, rows: list[SampleRow], seed: int
 ) -> None:
     logits = _logits(len(rows), seed)
     bad = data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1))
@@ -117,14 +116,15 @@ def test_a_row_that_is_no_distribution_yields_nothing_and_the_others_what_they_w
             logits[index] = -INF
         else:
             logits[index, NOWHERE : NOWHERE + len(kind)] = torch.tensor(kind)
-    found = sampler(logits.clone(), rows, EOS)
-    for index, row in enumerate(rows):
-        if index in bad:
-            assert found[index] == ()
-        else:
-            alone = sampler(logits[index : index + 1].clone(), [row], EOS)
-            assert _ids(found[index : index + 1]) == _ids(alone)
-            _assert_tokens(logits[index], row, found[index])
+    for sampler in _SAMPLERS:
+        found = sampler(logits.clone(), rows, EOS)
+        for index, row in enumerate(rows):
+            if index in bad:
+                assert found[index] == ()
+            else:
+                alone = sampler(logits[index : index + 1].clone(), [row], EOS)
+                assert _ids(found[index : index + 1]) == _ids(alone)
+                _assert_tokens(logits[index], row, found[index])
 
 
 @SAMPLERS

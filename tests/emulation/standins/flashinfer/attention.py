@@ -135,13 +135,15 @@ def attend(
 ) -> None:
     """Attend row by row, in float32."""
     out, log_sums = results
-    group = plan.num_qo_heads // plan.num_kv_heads
+    group, first = plan.num_qo_heads // plan.num_kv_heads, plan.kv_indptr[0]
+    all_ids = indices[first : plan.kv_indptr[-1]].long()
+    raw = pages.view(torch.uint8)[all_ids].view(pages.dtype) if pages.dtype.itemsize == 1 else pages[all_ids]
+    taken = raw.float().permute(1, 2, 0, 3, 4).flatten(2, 3)  # [2, kv_heads, keys of all rows, dim]
     for row, last in enumerate(last_page_len[: len(plan.kv_indptr) - 1]):
         begin, end = plan.qo_indptr[row], plan.qo_indptr[row + 1]
-        ids = indices[plan.kv_indptr[row] : plan.kv_indptr[row + 1]].long()
-        count = (len(ids) - 1) * plan.page_size + last
-        raw = pages.view(torch.uint8)[ids].view(pages.dtype) if pages.dtype.itemsize == 1 else pages[ids]
-        keys, values = raw.float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :count].unbind()  # [kv_heads, keys, dim]
+        first_page, end_page = plan.kv_indptr[row] - first, plan.kv_indptr[row + 1] - first
+        count = (end_page - first_page - 1) * plan.page_size + last
+        keys, values = taken.narrow(2, first_page * plan.page_size, count).unbind()  # [kv_heads, keys, dim]
         queries = q[begin:end].float().view(end - begin, plan.num_kv_heads, group, plan.head_dim).permute(1, 2, 0, 3)
         shape = plan.num_kv_heads, group, end - begin
         scores = (queries.flatten(1, 2) @ keys.transpose(1, 2)).view(*shape, count) * scale
