@@ -186,8 +186,8 @@ def _run(start: _Start, fds: Sequence[int]) -> None:
         os.setsid()
     elif start.leads_group:
         os.setpgid(0, 0)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()
+    if random := sys.modules.get("numpy.random"):
+        random.seed()
     if torch := sys.modules.get("torch"):
         torch.default_generator.seed()
     setproctitle(" ".join(["python", *start.words]))

@@ -46,7 +46,7 @@ sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0)
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    forks = Forks("torch")
+    forks = Forks("torch", "numpy.random")
     yield forks
     forks.close()
 

@@ -24,13 +24,14 @@ from kvferry.tools.chaos.programs import program_name
 from kvferry.tools.load.server_process import free_port, tied
 
 from ..forks import Fork, Forks
-from .forked_command import IMPORTS, NAME
+from .forked_command import IMPORTS, NAME, WITH_NIXL, WITH_UCXX
 
 START_LIMIT_S = 240.0  # these bounds are for machines that are slow and busy: what works never waits so long
 STOP_LIMIT_S = 60.0
 COMMAND_LIMIT_S = 180.0
 WAIT_LIMIT_S = 120.0
-FORKS = Forks(*IMPORTS)
+FORKS = Forks(*IMPORTS, WITH_NIXL)
+UCX_FORKS = Forks(*IMPORTS, WITH_UCXX)  # for agents of another copy of UCX than NIXL's
 _POLL_SHARE = 0.2  # of what was waited already, until the next look
 _MAX_POLL_S = 0.5
 
@@ -124,11 +125,12 @@ def serve(
     *flags: str,
     env: dict[str, str] | None = None,
     is_fork: bool = True,
+    forks: Forks = FORKS,
     tls: ssl.SSLContext | None = None,
 ) -> Iterator[Cluster]:
     """Start `kvferry serve` and wait until it is ready; afterwards nothing of it may be left.
 
-    `is_fork`: its processes have their imports from one of the tests' (forked_command.py), else it is the command. That
+    `is_fork`: its processes have their imports from that of `forks` (forked_command.py), else it is the command. That
     alone can start itself anew, to hide keys among its flags. `tls`: how clients come to it.
     """
     port = free_port()
@@ -137,7 +139,7 @@ def serve(
     with log.open("wb") as output:
         process: subprocess.Popen[bytes] | Fork
         if is_fork:
-            process = FORKS.Popen(
+            process = forks.Popen(
                 [sys.executable, "-m", NAME, *words],
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .cluster import FORKS
+from .cluster import FORKS, UCX_FORKS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +20,7 @@ def handoffs() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def forks() -> Iterator[None]:
-    """The process whose forks deployments are ends with the tests."""
+    """The processes whose forks deployments are end with the tests."""
     yield
     FORKS.close()
+    UCX_FORKS.close()

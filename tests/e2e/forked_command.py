@@ -27,12 +27,20 @@ from kvferry.tests.forks import Fork, Forks
 from kvferry.worker import process as worker
 
 NAME = "kvferry.tests.e2e.forked_command"
-# What a launcher, a router, a worker and its other ranks import, now or later.
+# What a worker and its other ranks import, now or later.
+WORKER_IMPORTS = (
+    *("kvferry.worker.process", "kvferry.worker.build", "kvferry.worker.worker"),
+    *("kvferry.engine.follower", "kvferry.worker.follower"),
+    *("kvferry.engine.nn.attention.paged_torch", "kvferry.engine.nn.attention.tiled", "safetensors"),
+    "kvferry.transfer.backends.nixl",
+)
+# And a launcher and a router, where FastAPI imports pydantic.v1.
 IMPORTS = (
     *("kvferry.cli", "kvferry.launch.preflight", "kvferry.launch.progress", "kvferry.launch.command_socket"),
     *("kvferry.launch.local", "kvferry.launch.on_ray"),
-    *("kvferry.router.process", "kvferry.worker.build", "kvferry.worker.worker", "kvferry.engine.follower"),
+    *("kvferry.router.process", "pydantic.v1", "tokenizers", *WORKER_IMPORTS),
 )
+WITH_NIXL, WITH_UCXX = "kvferry.tests.transfer.loaded_nixl", "kvferry.tests.transfer.loaded_ucxx"  # one of them
 _FORK_SERVER = "kvferry.launch.forking.server"
 _PR_SET_PDEATHSIG = 1
 

@@ -18,6 +18,7 @@ from types import FrameType
 from kvferry.common.exits import exit_process
 from kvferry.common.imports import kept_imports
 from kvferry.engine.ranks import group
+from kvferry.tests.e2e.forked_command import WITH_NIXL, WORKER_IMPORTS
 from kvferry.tests.forks import Forks
 from kvferry.worker.process import main
 
@@ -67,6 +68,6 @@ def run(configs: list[str]) -> int:
 if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a fork would be without the others of its pool
     with kept_imports():
-        for module in ("kvferry.worker.build", "kvferry.worker.worker", "kvferry.engine.follower"):
+        for module in (*WORKER_IMPORTS, WITH_NIXL):
             importlib.import_module(module)
     exit_process(run(sys.argv[1:]) & 0xFF)

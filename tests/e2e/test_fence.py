@@ -9,7 +9,7 @@ import pytest
 from kvferry.common.config import FAILPOINTS_VARIABLE
 
 from ..checkpoints import write_checkpoint
-from .cluster import serve, wait_until
+from .cluster import FORKS, UCX_FORKS, serve, wait_until
 
 COMMON = ("--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "16MiB")
 
@@ -29,7 +29,8 @@ def test_what_a_killed_writer_held_is_free_again_after_the_agents_are_replaced(
     env = {FAILPOINTS_VARIABLE: f"@{drill}"}
     flags = ["--prefill", "2", "--no-local-prefill", "--transfer", transfer]
     flags += ["--decode-tensor-parallel-size", str(decode_ranks)]
-    with serve(model_dir, tmp_path / "log", *COMMON, *flags, env=env) as cluster:
+    forks = UCX_FORKS if transfer == "ucx" else FORKS
+    with serve(model_dir, tmp_path / "log", *COMMON, *flags, env=env, forks=forks) as cluster:
         prompt = [(7 + 3 * i * i + i) % 500 + 4 for i in range(600)]
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         drill.write_text("transfer.posted=kill")

@@ -37,7 +37,7 @@ from kvferry.wire.workers import WorkerStatus
 
 from ..checkpoints import write_checkpoint
 from . import reference
-from .cluster import FORKS
+from .cluster import FORKS, UCX_FORKS
 from .forked_command import forking
 
 WORKER = "kvferry.worker"
@@ -132,7 +132,7 @@ async def fleet(model: Path, folder: Path, backend: Literal["nixl", "ucx"], *nam
     )
     forks = ForkServer(env, {WORKER: ("kvferry.worker.process", "kvferry.worker.build", "kvferry.worker.worker")})
     with (folder / "log").open("wb") as output, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyncio, "create_subprocess_exec", forking(FORKS))
+        patch.setattr(asyncio, "create_subprocess_exec", forking(UCX_FORKS if backend == "ucx" else FORKS))
         for name in names:
             worker = WorkerConfig(
                 worker_id=name,

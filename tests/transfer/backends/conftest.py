@@ -12,4 +12,5 @@ from .peer_forks import PEERS
 @pytest.fixture(scope="session", autouse=True)
 def _peers_end() -> Iterator[None]:
     yield
-    PEERS.close()
+    for forks in PEERS.values():
+        forks.close()

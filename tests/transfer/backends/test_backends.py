@@ -35,6 +35,7 @@ from kvferry.transfer.backends.nixl_api import load_api
 from kvferry.transfer.backends.ucx import UcxBackend
 from kvferry.wire.grants import RegionInfo
 
+from ...forks import Forks
 from .peer_forks import PEERS
 
 LAYERS, BLOCKS = 4, 32
@@ -52,10 +53,10 @@ class Peer:
 
     def __init__(self, name: str, agent: str) -> None:
         script = Path(__file__).parent / "backend_peer.py"
-        self.process = PEERS.Popen(
+        self.process = PEERS[name].Popen(
             [sys.executable, str(script), name, agent, json.dumps(SHAPE)],
-            stdin=PEERS.PIPE,
-            stdout=PEERS.PIPE,
+            stdin=Forks.PIPE,
+            stdout=Forks.PIPE,
             text=True,
         )
         self.region = msgspec.msgpack.decode(bytes.fromhex(str(self.read()["region"])), type=RegionInfo)

@@ -19,6 +19,7 @@ from kvferry.transfer.backends.choose import allows_own_copies
 from kvferry.transfer.backends.local import LocalBackend, LocalNetwork
 from kvferry.wire.grants import RegionInfo
 
+from ...forks import Forks
 from .peer_forks import PEERS
 
 SHAPE = [4, 256, 2, 4, 16, 64]  # 32 MiB in pages of 32 KiB: more than sockets hold
@@ -32,11 +33,11 @@ class Process:
 
     def __init__(self, name: str, worker: str) -> None:
         script = Path(__file__).parent / "backend_peer.py"
-        self.popen = PEERS.Popen(
+        self.popen = PEERS[name].Popen(
             [sys.executable, str(script), name, f"{worker}.{next(_incarnations)}.0.0", json.dumps(SHAPE)],
-            stdin=PEERS.PIPE,
-            stdout=PEERS.PIPE,
-            stderr=PEERS.DEVNULL,  # UCX says that its peers are gone
+            stdin=Forks.PIPE,
+            stdout=Forks.PIPE,
+            stderr=Forks.DEVNULL,  # UCX says that its peers are gone
             text=True,
             env={**os.environ, "UCX_TLS": "tcp", "OMP_NUM_THREADS": "1"},
         )
