@@ -296,5 +296,5 @@ class BlockPool:
         assert sum(map(len, states)) == self.num_blocks == len(set().union(*states)), "a block is lost or doubled"
         assert len(self._free) == len(free), "a block is free twice"
         assert min(self._ref_counts, default=0) >= 0 and self.displaced.keys() <= owned
-        assert dict(zip(self._hash_of.values(), self._hash_of, strict=True)) == self._block_of
+        assert {h: b for b, h in self._hash_of.items()} == self._block_of
         assert cached <= hashed and not (free | self._quarantined) & hashed

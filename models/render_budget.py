@@ -78,8 +78,6 @@ class RenderBudget:
             self.check_length(len(value))
             self._num_made += len(value)
             self.check_length(self._num_made // _SPENT_PER_CHAR)
-        elif isinstance(value, int):
-            pass  # most of what is left: asked first, as it takes a fraction of the rest
         elif isinstance(value, (list, tuple, Mapping)):
             check_items(len(value))
             self.go_through(len(value))

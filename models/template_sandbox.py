@@ -208,7 +208,7 @@ def _text_size(value: object, depth: int = 0) -> int:
     """Return about how long a value is once it is printed."""
     if isinstance(value, str):
         return len(value)
-    if depth > 8 or isinstance(value, int) or not isinstance(value, (list, tuple, Mapping)):
+    if depth > 8 or not isinstance(value, (list, tuple, Mapping)):
         return 64
     children = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
     return 2 + sum(4 + _text_size(child, depth + 1) for child in children)

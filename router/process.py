@@ -24,7 +24,8 @@ from ..common.logs import configure_logging
 from ..common.router_config import RouterConfig
 from ..wire.lifeline import Lifeline
 from .access.credentials import RouterCredentials
-from .server import collect_rarely, serve_router
+from .garbage import collect_rarely
+from .server import serve_router
 
 _CONFIG_EXIT_CODE = 2
 # Threads that encode large answers hold the event loop for no longer (Python's default: 5 ms each), but where one call

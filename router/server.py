@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import socket
 import uuid
 from collections.abc import Callable
@@ -48,9 +47,6 @@ from .state.expert_load import most_uneven
 REPORT_EVERY_S = 0.1
 _ADMIN_CONNECTIONS = 64  # of the files that a router has beside its clients' (settings/open_files.py)
 _SCALE_TICK_S = 0.25
-# Objects more than before, young collections, middle ones: until the next collection of each kind. Python's own are
-# 700, 10, 10. A finished request leaves nothing to collect; what lives should not be gone through often, nor for long.
-_GC_THRESHOLDS = (10_000, 4, 50)
 
 log = structlog.get_logger(__name__)
 
@@ -124,14 +120,6 @@ async def serve_router(
             await control.close()
             parts.app.api.close()
     return 0
-
-
-def collect_rarely() -> None:
-    """Tune garbage collection for a process that is a router: what is loaded stays, so that a collection need not go
-    through it, nor hold up a burst of tokens."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 async def _until_stopped(stop: Stop, control: ControlServer) -> None:

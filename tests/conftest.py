@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ import structlog
 from hypothesis import settings
 
 import kvferry
+from kvferry.router.garbage import collect_rarely
 from kvferry.tests.forks import Forks
 
 # No test asserts a time: Hypothesis would fail an example that takes 200 ms, which a busy machine makes of any.
@@ -56,9 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is imported stays: collections need not go through it, which is a tenth of what the tests compute, and they
     are as rare as a router's."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 4, 50)
+    collect_rarely()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

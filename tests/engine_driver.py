@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
+import pytest
 import torch
 from torch import Tensor
 
@@ -111,6 +112,17 @@ class Driver:
             for seq, of_row in zip(running, new, strict=True):
                 tokens[id(seq)] += of_row
         return [tokens[id(seq)] for seq in seqs]
+
+
+def each_of(names: Iterable[str]) -> object:
+    """Make a fixture that is one of these names after the other: what is made of one serves all tests of a module."""
+
+    @pytest.fixture(scope="module", params=names)
+    def each(request: pytest.FixtureRequest) -> str:
+        name: str = request.param
+        return name
+
+    return each
 
 
 def prompts(lengths: list[int], vocab_size: int = 512) -> list[list[int]]:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from kvferry.benchmarks.shared.bars import Bar, bar_table, exit_code
 from kvferry.benchmarks.shared.program import RESULTS_DIR, benchmark, parser_of
-from kvferry.router.server import collect_rarely
+from kvferry.router.garbage import collect_rarely
 from kvferry.simulator import Fleet, Router, Scenario, Traffic, quiet_simulation, simulate
 from kvferry.tools.load.arguments import output_file, positive_int
 from kvferry.tools.load.environment import describe_environment

@@ -24,8 +24,7 @@ class PagedLayers(Protocol):
     def uneven(self) -> UnevenHeads | None: ...
     @property
     def num_kv_pages(self) -> int: ...
-    @property
-    def kv_layers(self) -> tuple[int, ...]: ...
+    def page_of(self, layer: int) -> int | None: ...
 
 
 def page_windows(model: PagedLayers, num_state_pages: int = 0) -> tuple[int, ...]:
@@ -34,9 +33,8 @@ def page_windows(model: PagedLayers, num_state_pages: int = 0) -> tuple[int, ...
     `num_state_pages`: these lie behind keys and values, and the state behind the last token is the one that is read.
     """
     readers: list[list[int]] = [[] for _ in range(model.num_kv_pages)]
-    pages = {layer: page for page, layer in enumerate(model.kv_layers)}
     for layer, window in enumerate(model.sliding_windows):
-        page = pages.get(layer) if model.uneven is None else model.uneven.spot(model.uneven.lender(layer)).page
+        page = model.page_of(layer) if model.uneven is None else model.uneven.spot(model.uneven.lender(layer)).page
         if page is not None:
             readers[page].append(0 if window is None or window > _MAX_WINDOW else window - 1 + _TILE_TOKENS)
     windows = tuple(max(of_page) if all(of_page) else 0 for of_page in readers) + num_state_pages * (1,)

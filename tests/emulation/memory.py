@@ -98,15 +98,6 @@ class DeviceTensor(Tensor):
         return f"cuda:0 {self.host!r}"
 
 
-def host_of(value: Any) -> Any:
-    """Replace device tensors, in lists and tuples too, by what holds their numbers."""
-    if isinstance(value, DeviceTensor):
-        return value.host
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)([host_of(part) for part in value])
-    return value
-
-
 def is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import nibbles, products, stream
-from .memory import DeviceTensor, download, fresh, host_of, is_cuda, upload
+from .memory import DeviceTensor, download, fresh, is_cuda, upload
 from .stream import note_launch
 
 # The host waits for their result, or for its size.
@@ -145,6 +145,11 @@ def _hosts(values: Iterable[Any], found: list[Tensor]) -> list[Any]:
     return hosts
 
 
+def _host_of(value: Any) -> Any:
+    [host] = _hosts([value], [])
+    return host
+
+
 def _check_devices(name: str, tensors: list[Tensor]) -> None:
     for tensor in tensors:
         if isinstance(tensor, DeviceTensor) or tensor.dim() == 0:
@@ -212,7 +217,7 @@ def put(tensor: DeviceTensor, key: Any, value: Any) -> None:
             raise RuntimeError(f"index_put_: expected the values on cuda:0, but {tuple(value.shape)} is on cpu")
         upload(host[key], value, non_blocking=False, what="an assignment")
         return
-    value = host_of(value)
+    value = _host_of(value)
 
     def kernel() -> None:
         host[key] = value
@@ -225,7 +230,7 @@ def _key(key: Any) -> Any:
     parts = key if isinstance(key, tuple) else (key,)
     if any(isinstance(part, list) or (isinstance(part, Tensor) and not _is_cheap(part)) for part in parts):
         stream.wait("an index that the host holds, or a mask")
-    parts = tuple(torch.tensor(part) if isinstance(part, list) else host_of(part) for part in parts)
+    parts = tuple(torch.tensor(part) if isinstance(part, list) else _host_of(part) for part in parts)
     return parts if isinstance(key, tuple) else parts[0]
 
 

@@ -20,7 +20,7 @@ from kvferry.tests.emulation.stream import COUNTS
 from ..checkpoint_shapes import GEMMA_2, GLM_4, GPT_OSS, QWEN3_MOE, SMOLLM_3, write_by_shapes
 from ..checkpoints import Family, write_checkpoint
 from ..deepseek import EXPERTS, write_deepseek, write_for_cuda
-from ..engine_driver import Driver, engine_config, prompt_logprobs, prompts
+from ..engine_driver import Driver, each_of, engine_config, prompt_logprobs, prompts
 
 pytestmark = [
     pytest.mark.usefixtures("few_sizes"),
@@ -65,10 +65,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+variant = each_of(VARIANTS)
 
 
 @pytest.fixture(scope="module")

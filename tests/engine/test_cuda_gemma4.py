@@ -16,7 +16,7 @@ from kvferry.engine.cuda.runner import CudaRunner
 from kvferry.engine.engine import Engine
 from kvferry.engine.nn.attention.flashinfer_parts import FlashInferParts
 
-from ..engine_driver import Driver, assert_told_of_pages, prompts
+from ..engine_driver import Driver, assert_told_of_pages, each_of, prompts
 from ..transformers_checkpoints import GEMMA_4, GEMMA_4_BORROWING, GEMMA_4_MOE, SMALL, write_model
 from .cuda.lockstep import two_ranks
 from .test_cuda_states import _config, _generate, _judge
@@ -50,10 +50,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+variant = each_of(VARIANTS)
 
 
 @pytest.fixture(scope="module")

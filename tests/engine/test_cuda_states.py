@@ -26,7 +26,7 @@ from kvferry.tests.emulation.stream import COUNTS
 
 from ..adapters import merge, write_adapter
 from ..checkpoints import write_checkpoint
-from ..engine_driver import Driver, assert_told_of_pages, engine_config, prompts
+from ..engine_driver import Driver, assert_told_of_pages, each_of, engine_config, prompts
 from ..kvcache.test_host_slots import swapped_in_the_middle, undisturbed
 from ..transformers_checkpoints import FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE, SMALL, STATES, write_model
 from .test_adapters import put, sequence
@@ -44,8 +44,7 @@ pytestmark = [
 # transformers' own are, with such weights, some by 0.3; what is exact is shown in float32 (`cuda/test_states.py`).
 NEAR = 0.01
 SURE, MOST = 0.05, 0.8  # where its best token leads by so much of the range, ours is the same in most cases
-NUM_TOKENS = 10  # past the end of a block of 16, but for the shortest prompt's
-NUM_JUDGED = 17  # of an answer that is judged alone
+NUM_TOKENS = 17  # past the end of a block of 16
 ATTENDED: dict[str, object] = {"head_dim": 64, "hidden_size": 128}  # what CUDA attends with
 SHARED: dict[str, object] = {"shared_expert_intermediate_size": 48}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
@@ -81,10 +80,7 @@ def engine(checkpoints: Path) -> Engine:
     return _engine(checkpoints / "qwen3.5", max_num_seqs=8)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+variant = each_of(VARIANTS)
 
 
 @pytest.fixture(scope="module")
@@ -253,13 +249,13 @@ def test_another_engine_goes_on_from_blocks_that_it_was_given(checkpoints: Path,
     other = _engine(checkpoints / "qwen3.5", device=device)
     assert other.spec == engine.spec
     first, second = Driver(engine), Driver(other)
-    seq = first.add(prompts([40])[0], msgspec.structs.replace(GREEDY, max_tokens=NUM_JUDGED + 1))
+    seq = first.add(prompts([40])[0], msgspec.structs.replace(GREEDY, max_tokens=NUM_TOKENS + 1))
     first.step([(seq, 40)])
     taken: Sequence = second.add(seq.token_ids[:40], GREEDY)
     taken.token_ids.append(seq.token_ids[40])
     taken.num_computed_tokens, taken.block_table = 40, [70, 3, 41]
     other.kv_pages[:, taken.block_table] = engine.kv_pages[:, seq.block_table].to(other.kv_pages.device)
-    found = [token for _ in range(NUM_JUDGED) for token in second.step([(taken, 1)])[0]]
+    found = [token for _ in range(NUM_TOKENS) for token in second.step([(taken, 1)])[0]]
     _judge(checkpoints / "qwen3.5", [([*seq.token_ids[:41]], found)])
     assert device == "cpu" or [token.token_id for token in found] == first.generate([seq])[0][1:]
 
@@ -371,7 +367,7 @@ def test_adapters_go_beside_layers_with_states(checkpoints: Path, tmp_path: Path
     adapted.sampling = GREEDY
     found: dict[int, list[SampledToken]] = {id(adapted): [], id(plain): []}
     driver.step([(adapted, 16), (plain, 9)])
-    while plain.num_output_tokens < NUM_JUDGED:
+    while plain.num_output_tokens < NUM_TOKENS:
         rows = [(seq, seq.num_uncomputed_tokens) for seq in (adapted, plain)]
         for (seq, _), tokens in zip(rows, driver.step(rows), strict=True):
             found[id(seq)] += tokens

@@ -14,8 +14,6 @@ from kvferry.engine.cpu import build, compiler
 from kvferry.engine.cpu.compiler import SETS, NativeUnavailable
 from kvferry.models.default import cache_dir
 
-from .state_models import VARIANTS, write_states
-
 
 # To compile what emulates AMX takes a minute of a core, and whoever changes C++ has it compiled each time.
 @pytest.fixture(
@@ -38,12 +36,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         except (NativeUnavailable, ConfigError) as reason:
             _skip(reason)
         yield name
-
-
-@pytest.fixture(scope="session")
-def state_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small checkpoints whose layers keep states, each in a folder of its name; nobody changes them."""
-    return write_states(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
 @pytest.fixture(scope="module")

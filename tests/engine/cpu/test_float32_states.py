@@ -43,9 +43,9 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture
-def checkpoints(state_checkpoints: Path) -> Path:
-    return state_checkpoints
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_states(tmp_path_factory.mktemp("models"), DENSE)
 
 
 @pytest.mark.slow

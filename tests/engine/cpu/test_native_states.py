@@ -16,7 +16,7 @@ from kvferry.engine.nn.states import ForeignStateError
 
 from ...engine_driver import Driver, engine_config, prompts
 from .judged import ROUNDED, error_of, expected_of, judged, judged_by_ranks, native_engine, of_torch, tolerance_of
-from .state_models import VARIANTS
+from .state_models import VARIANTS, write_states
 from .test_build import SAMPLING, Recorded
 from .test_cut_attention import gap_of_threads
 
@@ -27,9 +27,9 @@ WHOLE = ("qwen3.5", "qwen3 next, some dense", "lfm2 moe", "granite4 moe", "nemot
 CUT_TOLERANCE = 0.01  # of the range of logits: sums are rounded in another order
 
 
-@pytest.fixture
-def checkpoints(state_checkpoints: Path) -> Path:
-    return state_checkpoints
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_states(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from kvferry.engine.engine import Engine
 
 from ...engine_driver import Driver, make_engine, prompts
 from .judged import native_engine
-from .state_models import VARIANTS
+from .state_models import VARIANTS, write_states
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -26,9 +26,9 @@ SAMPLINGS = (
 Answers = list[list[SampledToken]]
 
 
-@pytest.fixture
-def checkpoints(state_checkpoints: Path) -> Path:
-    return state_checkpoints
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_states(tmp_path_factory.mktemp("models"), VARIANTS)
 
 
 def said(engine: Engine, draft_of: Callable[[int, int], tuple[int, ...]]) -> Answers:

@@ -6,7 +6,6 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 
 from kvferry.router.autoscaler.autoscaler import Autoscaler
 from kvferry.router.autoscaler.scale_types import (
@@ -34,9 +33,7 @@ LIMITS = WorkerLimits(kv_tokens=200_000, max_num_seqs=128)
 class LinearTimes:
     """A prompt token takes 0.1 ms, a decode step 10 ms and 0.2 ms for each row."""
 
-    @staticmethod
-    @cache
-    def prefill_s(new_tokens: int, context: int) -> float:
+    def prefill_s(self, new_tokens: int, context: int) -> float:
         return 0.005 + 1e-4 * new_tokens + 1e-9 * new_tokens * context
 
     def decode_step_s(self, rows: int, context: int) -> float:
